@@ -97,6 +97,7 @@ VALUES: dict[str, dict[str, tuple[object, object]]] = {
         "prompts_per_step": (3, 3),
         "max_new_tokens": (64, 64),
         "updates": (2, 2),
+        "eval_answers": (3, 3),
         "kl_weight": (0.04, 0.04),
         "clip_low": (0.1, 0.1),
         "clip_high": (0.28, 0.28),

@@ -27,7 +27,7 @@ from veneer.objectives.policy_config import OnPolicy
 from veneer.rewards.graders import Graded, grader_of
 from veneer.rewards.judged import RewardFault, Weighted
 from veneer.run_directory import RunDirectory
-from veneer.training.events import Notice, Skipped, Started, Step, Stopped
+from veneer.training.events import Evaluated, Notice, Skipped, Started, Step, Stopped, Trained
 from veneer.training.on_policy.page import SampleLog, page_of
 from veneer.training.on_policy.prompts import encoded
 from veneer.training.on_policy.rollout import Roller
@@ -91,6 +91,18 @@ def run(model, course=COURSE, config=SHORT, *, objective=GRPO, reward=Vowels, ou
         directory=None if out is None else RunDirectory(out),
         **options,
     )
+
+
+def test_evaluations_draw_by_the_same_random_numbers_each_time():
+    course = replace(COURSE, lr=1e-12, eval_every=1)
+    config = replace(SHORT, eval_answers=8)
+    events = list(run(new_model(), course, config, held_out=prompts(("Other", "Else"))))
+    evaluations = of(Evaluated, events)
+    assert [event.step for event in evaluations] == [0, 1, 2, 3, 4]
+    assert evaluations[0].metrics["reward"] > 0
+    assert all(event.metrics == evaluations[0].metrics for event in evaluations)
+    assert all(event.eval_loss == -event.metrics["reward"] for event in evaluations)
+    assert of(Trained, events)[0].weights_of == 0  # none was better
 
 
 @pytest.mark.parametrize(

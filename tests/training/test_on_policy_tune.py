@@ -15,6 +15,7 @@ from veneer.errors import ConfigError, TrainingError
 from veneer.formats.merged import write_model
 from veneer.objectives.config import Objective
 from veneer.objectives.policy_config import OnPolicy
+from veneer.run_directory import RunDirectory
 from veneer.training import metric_names
 from veneer.training.events import DataReady, Planned, Stopped, Verdict
 from veneer.training.recipe import Recipe
@@ -45,11 +46,18 @@ def recipe(tmp_path):
 
 
 def test_a_recipe_trains_on_samples_and_goes_on(recipe, tmp_path):
+    others = tmp_path / "others.jsonl"
+    others.write_text(json.dumps({"prompt": "Which one?", "references": ["b"]}) + "\n")
+    recipe = replace(
+        recipe,
+        rows=replace(recipe.rows, eval_data=others),
+        on_policy=replace(recipe.on_policy, eval_answers=3),
+    )
     stop = iter([False, True])
     first = list(veneer.tune(recipe, should_stop=lambda: next(stop)))
     assert of(Stopped, first)
     (ready,), (planned,) = of(DataReady, first), of(Planned, first)
-    assert ready.summary.rows == 3
+    assert (ready.summary.rows, ready.held_out.rows) == (3, 1)
     assert not any(learnt for _, learnt in ready.example)
     assert planned.plan is not None
     other = replace(recipe, on_policy=replace(recipe.on_policy, group_size=3))
@@ -57,9 +65,20 @@ def test_a_recipe_trains_on_samples_and_goes_on(recipe, tmp_path):
         list(veneer.tune(other, resume=True))
     rest = list(veneer.tune(recipe, resume=True))
     (verdict,) = of(Verdict, rest)
-    assert "reward" in verdict.text
-    lines = [json.loads(line) for line in (recipe.out / "metrics.jsonl").read_text().splitlines()]
+    assert "held-out reward" in verdict.text
+    both = RunDirectory(recipe.out).read_metrics()
+    lines, evaluated = [x for x in both if "loss" in x], [x for x in both if "eval_loss" in x]
     assert [line["step"] for line in lines] == [1, 2, 3]
+    assert [line["step"] for line in evaluated] == [0, 2, 3]  # before, and behind each epoch
+    for line in evaluated:
+        reward = line["eval_reward/regex:[aeiou]"] + 0.5 * line["eval_reward/exact"]
+        assert line["eval_reward"] == -line["eval_loss"] == pytest.approx(reward)
+        assert line["eval_reward/regex:[aeiou]"] in (
+            0,
+            pytest.approx(1 / 3),
+            pytest.approx(2 / 3),
+            1,
+        )
     for line in lines:
         reward = line["reward/regex:[aeiou]"] + 0.5 * line["reward/exact"]
         assert line["reward"] == pytest.approx(reward)
@@ -81,7 +100,9 @@ def test_rewards_are_looked_at_before_the_base_is_loaded(recipe, monkeypatch):
             rows=replace(recipe.rows, long_rows="cut"),
             training=replace(recipe.training, on_spike="stop"),
         )
-    with pytest.raises(ConfigError, match="none of them is held out"):
-        replace(recipe, rows=replace(recipe.rows, eval_data=recipe.data))
+    with pytest.raises(ConfigError, match="none of them is held out; give others by eval_data"):
+        replace(recipe, rows=replace(recipe.rows, eval_rows=2))
+    with pytest.raises(ConfigError, match="eval_answers would do nothing without prompts"):
+        replace(recipe, on_policy=replace(recipe.on_policy, eval_answers=2))
     with pytest.raises(ConfigError, match="which jobs do not draw together"):
         list(veneer.tune_many({"a": recipe}))

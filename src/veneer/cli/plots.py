@@ -25,7 +25,7 @@ def draw_losses(lines: list[dict[str, Any]], path: Path) -> None:
 
     steps = [line for line in lines if "loss" in line]
     if any("equal_groups" in line for line in steps):
-        _draw_rewards(steps, path)
+        _draw_rewards(steps, [line for line in lines if "eval_reward" in line], path)
         return
     held_out = [line for line in lines if "eval_loss" in line]
     x, y = [line["step"] for line in steps], [line["loss"] for line in steps]
@@ -65,7 +65,7 @@ def draw_losses(lines: list[dict[str, Any]], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _draw_rewards(steps: list[dict[str, Any]], path: Path) -> None:
+def _draw_rewards(steps: list[dict[str, Any]], held_out: list[dict[str, Any]], path: Path) -> None:
     """Draw a run on samples: its rewards, and below how long, how varied and how far from the base
     its answers are."""
     from matplotlib import pyplot
@@ -91,6 +91,9 @@ def _draw_rewards(steps: list[dict[str, Any]], path: Path) -> None:
     x, y = [line["step"] for line in judged], [line["reward"] for line in judged]
     top.plot(x, y, color="#9db4c8", linewidth=1, label="each step")
     top.plot(x, smoothed(y), color="#17517e", linewidth=2.2, label="reward, smoothed")
+    if held_out:
+        ex, ey = [line["step"] for line in held_out], [line["eval_reward"] for line in held_out]
+        top.plot(ex, ey, "o--", color="#b5482a", linewidth=1.6, label="held-out prompts")
     top.set_ylabel("mean reward")
     top.legend(frameon=False)
     for place, (key, label) in zip(axes[1:], below.items(), strict=True):

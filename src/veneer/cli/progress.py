@@ -113,11 +113,14 @@ class RunDisplay:
             case Evaluated(step, loss, perplexity, best, metrics):
                 mark = ", the best so far" if best and step else ""
                 when = f"step {step}" if step else "before training"
+                what = f"loss {loss:.4f}"
                 beside = {name.replace("_", " "): x for name, x in metrics.items()}
+                if (reward := beside.pop("reward", None)) is not None:  # of answers to prompts
+                    what = f"reward {reward:.4f}"
                 if perplexity is not None:
                     beside = {"perplexity": perplexity}
-                numbers = "".join(f", {name} {x:.2f}" for name, x in beside.items())
-                OUTPUT.print(f"  {when}: evaluation loss {loss:.4f}{numbers}{mark}")
+                numbers = "".join(f", {escape(name)} {x:.2f}" for name, x in beside.items())
+                OUTPUT.print(f"  {when}: evaluation {what}{numbers}{mark}")
             case Skipped(step, rows, why):
                 OUTPUT.print(
                     f"  [red]step {step} skipped[/]: {why}; rows {escape(', '.join(rows[:8]))}"

@@ -77,7 +77,9 @@ class Curves:
                 self.last = step
                 if math.isfinite(loss):
                     self.losses.append((step, loss))
-            case Evaluated(step, loss) if math.isfinite(loss):
+            case Evaluated(step, loss, metrics=beside) if math.isfinite(loss) and (
+                "reward" not in beside  # which has no place on the axis of losses
+            ):
                 self.evaluations.append((step, loss))
             case Notice(text):
                 self.lines.append(f"note: {text}")

@@ -37,8 +37,10 @@ def measured(run: RunDirectory) -> dict[str, str]:
         figures["training loss, first and last step"] = _course(steps, "loss")
     if evaluations:
         best = min(evaluations, key=_finite)
-        figures["held-out loss, first and last"] = _course(evaluations, "eval_loss")
-        figures["held-out loss, best"] = f"{best['eval_loss']:.4f} (step {best['step']:,})"
+        of_prompts = all("eval_reward" in line for line in evaluations)
+        what, name = ("reward", "eval_reward") if of_prompts else ("loss", "eval_loss")
+        figures[f"held-out {what}, first and last"] = _course(evaluations, name)
+        figures[f"held-out {what}, best"] = f"{best[name]:.4f} (step {best['step']:,})"
     if verdict := run.read_progress().get("verdict"):
         figures["verdict"] = str(verdict)
     return figures

@@ -48,6 +48,8 @@ class OnPolicy:
     """Longest answer, in tokens."""
     updates: int = 1
     """Optimizer steps on the samples of a step."""
+    eval_answers: int = 1
+    """Answers to each prompt of eval_data, whose mean reward decides which weights are best."""
     kl_weight: float = 0.0
     """The weight of the distance from the base without the adapter."""
     clip_low: float = 0.2
@@ -84,6 +86,7 @@ class OnPolicy:
                 "prompts_per_step": whole_number(1),
                 "max_new_tokens": whole_number(1),
                 "updates": whole_number(1),
+                "eval_answers": whole_number(1),
                 "kl_weight": at_least(0),
                 "clip_low": at_least(0, below=1),
                 "clip_high": at_least(0),

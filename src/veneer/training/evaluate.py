@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,10 +23,12 @@ from veneer.training.step import add_outcome, counts_of, means, no_sums, sums_ov
 
 @dataclass(frozen=True)
 class Measurement:
-    """The mean loss over whatever the criterion divides by, and what is measured beside."""
+    """The mean loss over whatever the criterion divides by, and what is measured beside.
+    perplexity: where that is the loss of tokens."""
 
     loss: float
     metrics: Mapping[str, float]
+    perplexity: float | None = None
 
 
 def evaluate(
@@ -85,4 +88,5 @@ def measure(
     with torch.no_grad(), evaluating(model), forward.installed(model):
         sums = sums_over(world, own_sums, exchanges=forward.exchanges(model)).cpu()
     loss, *measured = means(sums, criterion.divisor(of_all))
-    return Measurement(loss, dict(zip(criterion.metrics, measured, strict=True)))
+    perplexity = math.exp(min(loss, 700.0)) if criterion is MEAN_LOSS else None
+    return Measurement(loss, dict(zip(criterion.metrics, measured, strict=True)), perplexity)

@@ -188,10 +188,14 @@ class Recipe:
                     on_samples and (method != "lora" or self.lora.invocation is not None)
                 ),
                 f"{self.objective.objective} takes prompts of one file or directory, and none of "
-                "them is held out": on_samples
+                "them is held out; give others by eval_data": on_samples
                 and (
                     len(spelt(self.data)) > 1
-                    or bool(self.rows.eval_rows or self.rows.eval_data or of_evaluation)
+                    or bool(self.rows.eval_rows)
+                    or bool(of_evaluation and not self.rows.eval_data)
+                ),
+                "eval_answers would do nothing without prompts to evaluate on; give eval_data": (
+                    on_samples and self.on_policy.eval_answers > 1 and not self.rows.eval_data
                 ),
                 f"{' and '.join(of_answers)} would do nothing with samples": bool(
                     on_samples and of_answers

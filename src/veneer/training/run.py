@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -311,20 +312,8 @@ class Run:
 
     def _evaluate(self, forward: Forward) -> Evaluated:
         """Measure the held-out rows, and keep the weights if none were better so far."""
-        progress = self.progress
-
-        def measure_now() -> Measurement:
-            with worthwhile_threads(self.model):
-                return measure(
-                    self.model,
-                    self.held_out,
-                    forward,
-                    criterion=self.held_out_criterion,
-                    tokens_per_batch=self.config.batch_tokens,
-                    world=self.world,
-                )
-
-        measured = measure_now() if progress.step else self.among.measure_start(measure_now)
+        progress, now = self.progress, partial(self._measure, forward)
+        measured = now() if progress.step else self.among.measure_start(now)
         loss = measured.loss
         is_best = loss < progress.best_loss
         if is_best:
@@ -334,9 +323,19 @@ class Run:
             best = sorted([*progress.best, [loss, progress.step]])
             progress.best = best[: self.config.keep_best]
         progress.evaluations_since_best = 0 if is_best else progress.evaluations_since_best + 1
-        is_mean = self.held_out_criterion is MEAN_LOSS
-        perplexity = math.exp(min(loss, 700.0)) if is_mean else None
-        return Evaluated(progress.step, loss, perplexity, is_best, measured.metrics)
+        return Evaluated(progress.step, loss, measured.perplexity, is_best, measured.metrics)
+
+    def _measure(self, forward: Forward) -> Measurement:
+        """Return what the held-out rows come to."""
+        with worthwhile_threads(self.model):
+            return measure(
+                self.model,
+                self.held_out,
+                forward,
+                criterion=self.held_out_criterion,
+                tokens_per_batch=self.config.batch_tokens,
+                world=self.world,
+            )
 
     def _save(self, directory: Path) -> Checkpointed:
         """Write a checkpoint in one process; only it and those of the best weights stay."""

@@ -145,6 +145,7 @@ def _tune(
             *(base.model, base.tokenizer, prompts.prompts, recipe.training),
             on_policy=recipe.on_policy,
             rewards=rewards,
+            held_out=prompts.to_evaluate,
             directory=run,
             **course,
         )

@@ -50,7 +50,7 @@ def judge(lines: Sequence[Mapping[str, Any]], *, usual_lr: float) -> Verdict:
     """
     steps = [line for line in lines if "loss" in line]
     if any("equal_groups" in line for line in steps):
-        return _by_rewards(steps)
+        return _by_rewards(steps, [line for line in lines if "eval_reward" in line])
     evaluations = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
     if not steps:
         return Verdict("diverged", "The run diverged: no step had a finite loss and gradient.")
@@ -117,8 +117,13 @@ def judge(lines: Sequence[Mapping[str, Any]], *, usual_lr: float) -> Verdict:
     )
 
 
-def _by_rewards(steps: Sequence[Mapping[str, Any]]) -> Verdict:
-    """Return the verdict on a run on samples: whether the end's rewards are clearly higher."""
+def _by_rewards(
+    steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]
+) -> Verdict:
+    """Return the verdict on a run on samples: whether the end's rewards are clearly higher.
+
+    evaluations: those of held-out prompts, which decide whose weights are kept.
+    """
     rewards = [line["reward"] for line in steps if "reward" in line]
     if not rewards:
         return Verdict(
@@ -129,6 +134,10 @@ def _by_rewards(steps: Sequence[Mapping[str, Any]]) -> Verdict:
     changes = [abs(b - a) for a, b in pairwise(rewards)]
     noise = STANDARD_ERRORS * SIGMA * median(changes or [0.0]) * math.sqrt(2 / size)
     what = f"reward {first:.3f} → {last:.3f} in {len(steps)} steps"
+    if len(evaluations) > 1:
+        best = max(evaluations, key=lambda line: line["eval_reward"])
+        start, reached = evaluations[0]["eval_reward"], best["eval_reward"]
+        what += f", held-out reward {start:.3f} → {reached:.3f} at step {best['step']}, kept"
     if last - first > noise:
         return Verdict("learnt", f"Learnt: {what}. samples.html shows what was said.")
     if first - last > noise:

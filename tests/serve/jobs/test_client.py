@@ -201,14 +201,19 @@ def test_a_job_learns_from_samples(client, server):
     assert (shown.n_epochs, shown.eval_interval, shown.reasoning_effort) == (2, "auto", "high")
     settings = server.jobs.job(job.id).settings
     assert settings["objective"] == {"objective": "grpo"}
-    assert settings["on_policy"] == {"max_new_tokens": 8, "prompts_per_step": 2, "group_size": 4}
+    own = {"max_new_tokens": 8, "prompts_per_step": 2, "group_size": 4, "eval_answers": 2}
+    assert settings["on_policy"] == own
+    assert settings["rows"]["eval_data"].endswith("rows.jsonl")
     assert until(client, job.id, "succeeded", "failed").status == "succeeded"
+    assert warned_of(client, job) == {"compute_multiplier", "reasoning_effort"}
+    method = reinforced(eval_samples=2, eval_interval=1)
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=file.id, method=method)
+    assert warned_of(client, job) == {"eval_interval, eval_samples"}  # nothing to evaluate on
+
+
+def warned_of(client, job):
     events = client.fine_tuning.jobs.list_events(job.id, limit=100).data
-    assert {event.message.split(":")[0] for event in events if event.level == "warn"} == {
-        "compute_multiplier",
-        "validation_file, eval_samples",
-        "reasoning_effort",
-    }
+    return {event.message.split(":")[0] for event in events if event.level == "warn"}
 
 
 def test_rows_of_another_kind_are_refused_before_a_job_begins(client, file):

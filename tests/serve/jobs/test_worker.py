@@ -40,7 +40,9 @@ def small(tmp_path_factory):
 ASKED = {"n_epochs": 2, "learning_rate_multiplier": 0.5, "batch_size": 6}
 
 
-def asked(small, run, *, start_from=None, hyperparameters=ASKED, rank=2, grader=None, **own):
+def asked(
+    small, run, *, start_from=None, hyperparameters=ASKED, rank=2, grader=None, valid=None, **own
+):
     base, data = small
     own = {"max_length": 64} | own | ({"rank": rank} if rank else {})
     files = WorkerFiles(run)
@@ -48,7 +50,7 @@ def asked(small, run, *, start_from=None, hyperparameters=ASKED, rank=2, grader=
     settings = settings_of(
         TrainingBase(str(base), "float32"),
         data=data,
-        valid=None,
+        valid=valid,
         out=run,
         start_from=start_from,
         seed=3,
@@ -212,7 +214,8 @@ def on_samples(prompts, run, field, **own):
     grader = GRADER | {"reference": f"{{{{ item.{field} }}}}"}
     own |= {"objective": "grpo", "steps": 3, "max_new_tokens": 5, "kl_weight": 0.1}
     chosen = {"batch_size": 2, "compute_multiplier": 0.5, "learning_rate_multiplier": 2.0}
-    return asked(prompts, run, hyperparameters=chosen, grader=grader, **own)
+    chosen |= {"eval_interval": 1, "eval_samples": 2}
+    return asked(prompts, run, hyperparameters=chosen, grader=grader, valid=prompts[1], **own)
 
 
 def test_samples_are_learnt_from_and_gone_on_with(prompts, tmp_path):
@@ -230,6 +233,9 @@ def test_samples_are_learnt_from_and_gone_on_with(prompts, tmp_path):
     assert [x.data["step"] for x in steps] == [1, 2, 3]
     assert {"reward", "reward/has it", "kl", "entropy"} <= steps[0].data.keys()
     assert ", mean reward=" in steps[0].message
+    evaluations = [x.data for x in events if "valid_reward" in (x.data or {})]
+    assert [data["step"] for data in evaluations] == [0, 1, 2, 3]
+    assert all(data["valid_reward"] == data["valid_reward/has it"] for data in evaluations)
     before = weights(run)
     assert before == tuned_again(run, tmp_path / "again")  # and never stopped
     assert RunDirectory(tmp_path / "again").samples.read_text() == samples
@@ -274,20 +280,31 @@ def started(base: Path, runs: Path):
     return server.process, client_of(server)
 
 
+OF_ANSWERS = {
+    "extra_body": {"steps": 120, "save_every": 10, "rank": 2, "tokens_per_step": 100},
+}
+OF_SAMPLES = {
+    "extra_body": {"steps": 60, "save_every": 5, "rank": 2, "max_new_tokens": 5, "lr": 0.01},
+    "method": {"type": "reinforcement", "reinforcement": {"grader": GRADER}},
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("worker_too", [False, True])
-def test_a_killed_server_goes_on_with_its_job(small, tmp_path, worker_too):
+@pytest.mark.parametrize(
+    ("worker_too", "rows", "asks"),
+    [(False, ROWS, OF_ANSWERS), (True, ROWS, OF_ANSWERS), (True, PROMPTS, OF_SAMPLES)],
+    ids=["server", "both", "both of samples"],
+)
+def test_a_killed_server_goes_on_with_its_job(small, tmp_path, worker_too, rows, asks):
     """Shown to the bit beside `tune`, with the worker left to itself, and killed too."""
     runs = tmp_path / "runs"
     runs.mkdir()
     server, client = started(small[0], runs)
-    steps = {"steps": 120, "save_every": 10, "rank": 2, "tokens_per_step": 100}
-    file = upload(client, ROWS)
-    assert client.files.content(file.id).read() == lines(ROWS)
-    job = client.fine_tuning.jobs.create(
-        model=small[0].name, training_file=file.id, extra_body=steps
-    )
-    until_step(client, job.id, 20)
+    file = upload(client, rows)
+    assert client.files.content(file.id).read() == lines(rows)
+    job = client.fine_tuning.jobs.create(model=small[0].name, training_file=file.id, **asks)
+    steps, save_every = asks["extra_body"]["steps"], asks["extra_body"]["save_every"]
+    until_step(client, job.id, 2 * save_every)
     below = Path(f"/proc/{server.pid}/task")
     children = [int(x) for task in below.iterdir() for x in (task / "children").read_text().split()]
     server.kill()
@@ -307,7 +324,7 @@ def test_a_killed_server_goes_on_with_its_job(small, tmp_path, worker_too):
         )
         assert answer.usage.completion_tokens >= 1
         checkpoint = client.fine_tuning.jobs.checkpoints.list(job.id).data[0]
-        assert checkpoint.step_number == 120
+        assert checkpoint.step_number == steps
         server.terminate()
         assert server.wait(60) == 0
     finally:

@@ -152,7 +152,7 @@ def shown(job: Job) -> dict[str, Any]:
 def shown_event(event: JobEvent) -> dict[str, Any]:
     """Return an event as OpenAI has it."""
     data = event.data or {}
-    is_metrics = "train_loss" in data or "valid_loss" in data
+    is_metrics = not data.keys().isdisjoint(("train_loss", "valid_loss", "valid_reward"))
     return {
         "id": event.id,
         "object": "fine_tuning.job.event",
@@ -171,7 +171,9 @@ def shown_checkpoints(service: Jobs, job: Job) -> list[dict[str, Any]]:
         of_step = losses.setdefault(int(line["step"]), {"step": line["step"]})
         if "loss" in line:
             of_step["train_loss"] = line["loss"]
-        if "eval_loss" in line:
+        if "eval_reward" in line:
+            of_step["valid_reward"] = line["eval_reward"]
+        elif "eval_loss" in line:
             of_step["full_valid_loss"] = of_step["valid_loss"] = line["eval_loss"]
     checkpoints = []
     for name, place in reversed(service.publisher.checkpoints(job).items()):

@@ -11,7 +11,7 @@ from veneer.errors import RequestError, listed
 from veneer.objectives.config import ON_POLICY, USUAL_BETA
 from veneer.serve.api.strict import Strict, Text
 from veneer.serve.jobs.service import Order
-from veneer.serve.jobs.settings import AUTO, GROUPS, OWN, group_size
+from veneer.serve.jobs.settings import AUTO, GROUPS, OF_EVALUATION, OWN, group_size
 
 MethodType = Literal["supervised", "dpo", "reinforcement"]
 # What may be learnt by, with each method, the usual one first.
@@ -161,13 +161,9 @@ def _remarks(given: Hyperparameters, validation_file: str | None) -> tuple[str, 
     if isinstance(given.compute_multiplier, float):
         answers = group_size(given.compute_multiplier)
         remarks.append(f"compute_multiplier: {answers} answers are drawn to each prompt.")
-    of_evaluation = {
-        "validation_file": validation_file,
-        "eval_interval": given.eval_interval,
-        "eval_samples": given.eval_samples,
-    }
-    if names := [name for name, value in of_evaluation.items() if value not in (None, AUTO)]:
-        remarks.append(f"{listed(names)}: no held-out prompts are evaluated, so this does nothing.")
+    names = [name for name in OF_EVALUATION if getattr(given, name) not in (None, AUTO)]
+    if names and validation_file is None:
+        remarks.append(f"{listed(names)}: without a validation_file this does nothing.")
     if given.reasoning_effort not in (None, "default"):
         remarks.append("reasoning_effort: the base is asked as it is, so this does nothing.")
     return tuple(remarks)

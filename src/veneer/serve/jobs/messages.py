@@ -65,6 +65,12 @@ def event_of(event: Event, steps: int | None) -> JobEvent | None:
                     "seconds": event.seconds,
                 },
             )
+        case Evaluated(metrics={"reward": reward}):
+            measured = {f"valid_{name}": x for name, x in event.metrics.items()}
+            return JobEvent(
+                f"Step {event.step}/{steps}: validation reward={reward:.4f}",
+                data={"step": event.step, "total_steps": steps, **measured},
+            )
         case Evaluated():
             return JobEvent(
                 f"Step {event.step}/{steps}: validation loss={event.eval_loss:.4f}",

@@ -145,7 +145,7 @@ class Jobs:
         valid = order.validation_file and self._rows(order.validation_file, "validation_file")
         objective = order.own.get("objective", "sft")
         _check_kind(training, objective, "training_file")
-        if valid and order.grader is None:
+        if valid:
             _check_kind(valid, objective, "validation_file")
         self._check_disk(0)
         id = new_id("ftjob")
@@ -160,7 +160,7 @@ class Jobs:
             settings_of(
                 self.base,
                 data=self.places.file(training),
-                valid=self.places.file(valid) if valid and order.grader is None else None,
+                valid=self.places.file(valid) if valid else None,
                 out=self.places.root / name,
                 start_from=self.served.library.info(adapter).directory if adapter else None,
                 seed=order.seed,
@@ -295,7 +295,9 @@ class Jobs:
         """Keep a run's losses as a file, as OpenAI's jobs have it, and return its name."""
         measured = self.losses(job)
         names = {"train_loss": "loss", "valid_loss": "eval_loss"}
-        names |= {name: name for name in OF_SAMPLES if any(name in line for line in measured)}
+        names |= {"valid_reward": "eval_reward"} | {name: name for name in OF_SAMPLES}
+        known = {"loss", "eval_loss"}.union(*measured)
+        names = {name: key for name, key in names.items() if key in known}
         lines = [",".join(["step", *names])]
         lines += [
             ",".join(str(line.get(key, "")) for key in ("step", *names.values()))

@@ -27,7 +27,15 @@ _NOT_OWN = {"seed", "context_parallel", "eval_data"}
 _NOT_OWN |= {"teacher", "divergence", "teacher_top_k", "distill_temperature"}  # a directory here
 _NOT_OWN |= {"reward", "reward_weights", "reward_seconds"}  # files here, and code: graders are none
 # What a client may ask of the samples of a step, each of which takes memory and time.
-MOST_OF_SAMPLES = {"group_size": 64, "prompts_per_step": 256, "max_new_tokens": 4096, "updates": 16}
+MOST_OF_SAMPLES = {
+    "group_size": 64,
+    "prompts_per_step": 256,
+    "max_new_tokens": 4096,
+    "updates": 16,
+    "eval_answers": 64,
+}
+# What OpenAI calls settings of evaluation on samples, by the names that they have here.
+OF_EVALUATION = {"eval_interval": "eval_every", "eval_samples": "eval_answers"}
 GROUPS: dict[str, type] = {
     "lora": LoRA,
     "training": TrainConfig,
@@ -74,12 +82,20 @@ def settings_of(
     """
     epochs, multiplier, batch = (_given(hyperparameters.get(name)) for name in HYPERPARAMETERS)
     compute = _given(hyperparameters.get("compute_multiplier"))
+    evaluating = {
+        own_name: value
+        for name, own_name in OF_EVALUATION.items()
+        if valid is not None and (value := _given(hyperparameters.get(name))) is not None
+    }
     size = "tokens_per_step" if grader is None else "prompts_per_step"
     twice = {
         "n_epochs and epochs or steps": epochs and (own.get("epochs") or own.get("steps")),
         "learning_rate_multiplier and lr": multiplier and own.get("lr"),
         f"batch_size and {size}": batch and own.get(size),
         "compute_multiplier and group_size": compute and own.get("group_size"),
+    } | {
+        f"{name} and {own_name}": own_name in evaluating and own.get(own_name)
+        for name, own_name in OF_EVALUATION.items()
     }
     if problems := [names for names, given in twice.items() if given]:
         raise ConfigError(f"Of {', '.join(problems)}, give one: they say the same thing.")
@@ -87,6 +103,7 @@ def settings_of(
         grader_of(grader)
         own = {**own, **({"prompts_per_step": batch} if batch else {})}
         own |= {"group_size": group_size(compute)} if compute else {}
+        own |= evaluating
         batch = None
         _check_samples(own)
     groups: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}

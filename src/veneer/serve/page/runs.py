@@ -61,7 +61,8 @@ class Run:
     def _take(self, line: dict[str, Any]) -> None:
         step = int(line["step"])
         if "eval_loss" in line:
-            if math.isfinite(line["eval_loss"]):
+            # A reward of held-out prompts has no place on the axis of losses.
+            if math.isfinite(line["eval_loss"]) and "eval_reward" not in line:
                 self.evaluations.add(step, float(line["eval_loss"]))
         elif math.isfinite(line["loss"]):
             tokens, seconds = int(line["tokens"]), float(line["seconds"])

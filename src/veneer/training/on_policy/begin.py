@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from veneer.data.columns import summarize
+from veneer.data.columns import Summary, summarize
 from veneer.data.encode import UNLABELLED
 from veneer.data.preview import preview
 from veneer.data.sources import spelt
@@ -27,9 +27,11 @@ from veneer.training.rows import RunRows
 
 @dataclass(frozen=True)
 class PromptRows(RunRows):
-    """The prompts of a run, as the rows that are prepared and planned for."""
+    """The prompts of a run, as the rows that are prepared and planned for; and those that it is
+    evaluated on, if there are any."""
 
     prompts: Prompts
+    to_evaluate: Prompts | None
     max_new_tokens: int
 
     @property
@@ -39,7 +41,8 @@ class PromptRows(RunRows):
 
     def identity(self, before: str | None = None) -> str:
         """Return a hash of the prompts and their references."""
-        return self.prompts.identity
+        others = "" if self.to_evaluate is None else f"-{self.to_evaluate.identity}"
+        return self.prompts.identity + others
 
 
 def prompts_of(ahead: Preflight, rewards: Sequence[Weighted]) -> PromptRows:
@@ -47,20 +50,32 @@ def prompts_of(ahead: Preflight, rewards: Sequence[Weighted]) -> PromptRows:
     prompt that cannot be used."""
     recipe, tokenizer = ahead.recipe, ahead.tokenizer
     (path,) = spelt(recipe.data)
-    most = recipe.on_policy.max_new_tokens
-    prompts = load_prompts(
-        Path(path),
-        tokenizer,
+    most, eval_data = recipe.on_policy.max_new_tokens, recipe.rows.eval_data
+    load = partial(
+        load_prompts,
+        tokenizer=tokenizer,
         context=min(context_of(ahead.config), recipe.rows.max_length + most),
         max_new_tokens=most,
-        limit=recipe.rows.limit,
         graded=[each.reward for each in rewards if isinstance(each.reward, Graded)],
     )
+    prompts = load(Path(path), limit=recipe.rows.limit)
+    others = None if eval_data is None else load(eval_data, split="valid")
     first = prompts.examples[0]
-    asked = replace(first, labels=[UNLABELLED] * len(first.tokens))
-    summary = replace(summarize(prompts.examples), label_tokens=0)
-    ready = DataReady(summary, None, 0, preview(asked, tokenizer), None)
-    return PromptRows(prompts.examples, [], (), [], ready, None, prompts, most)
+    asked = preview(replace(first, labels=[UNLABELLED] * len(first.tokens)), tokenizer)
+    of_others = None if others is None else _summary(others)
+    ready = DataReady(_summary(prompts), of_others, 0, asked, eval_data)
+    held_out = [] if others is None else others.examples
+    return PromptRows(
+        *(prompts.examples, held_out, (), [], ready, None),
+        prompts=prompts,
+        to_evaluate=others,
+        max_new_tokens=most,
+    )
+
+
+def _summary(prompts: Prompts) -> Summary:
+    """Return what prompts are, of which nothing is learnt."""
+    return replace(summarize(prompts.examples), label_tokens=0)
 
 
 def with_course(ahead: Preflight) -> Preflight:

@@ -14,6 +14,7 @@ from veneer.data.chat import prompt_text
 from veneer.data.encode import Example
 from veneer.data.problems import Located, Problem, data_error
 from veneer.data.questions import Question, read_prompts
+from veneer.data.sources import Split
 from veneer.errors import ConfigError, DataError
 from veneer.rewards.graders import Graded
 
@@ -38,17 +39,18 @@ def load_prompts(
     *,
     context: int,
     max_new_tokens: int,
+    split: Split = "train",
     limit: int | None = None,
     graded: Sequence[Graded] = (),
 ) -> Prompts:
     """Return the prompts of a file as the model's chat template writes them.
 
     A row is any that `veneer generate` reads; an answer that it has is a reference. context: the
-    tokens of a prompt with its answer. graded: rewards that read fields of rows. Raises DataError
-    with every prompt that cannot be used.
+    tokens of a prompt with its answer. split: which files of a directory. graded: rewards that read
+    fields of rows. Raises DataError with every prompt that cannot be used.
     """
     return encoded(
-        read_prompts(path, split="train")[:limit],
+        read_prompts(path, split=split)[:limit],
         tokenizer,
         context=context,
         max_new_tokens=max_new_tokens,

@@ -24,9 +24,11 @@ from veneer.objectives.criterion import label_counts
 from veneer.objectives.on_policy import Drawn
 from veneer.objectives.policy_config import OnPolicy
 from veneer.rewards.judged import Answered, Judged, Weighted, judge
+from veneer.training.evaluate import Measurement
 from veneer.training.on_policy.prompts import Prompts
 from veneer.training.step import seed_of
 
+BEFORE_THE_FIRST = 0  # the step whose random numbers evaluations have; none is learnt in it
 ReferenceOf = Callable[[Sequence[Example]], list[list[float]]]
 
 
@@ -59,26 +61,15 @@ class Roller:
 
     def roll(self, step: int, rows: Sequence[int], reference_of: ReferenceOf) -> Rollout:
         """Return the samples of a step: answers to the prompts `rows`."""
-        config, prompts = self.config, self.prompts
+        config = self.config
         begun = time.perf_counter()
-        groups = self.decoder.samples(
-            [prompts.examples[row].tokens for row in rows],
-            count=config.group_size,
-            most=config.max_new_tokens,
-            seeds=[seed_of(self.seed, step, row) for row in rows],
-        )
+        samples = self._drawn(self.prompts, rows, step, count=config.group_size)
         seconds = time.perf_counter() - begun
-        samples = [sample for group in groups for sample in group]
         asked = [row for row in rows for _ in range(config.group_size)]
-        texts = self.tokenizer.batch_decode(
-            [sample.tokens for sample in samples],
-            skip_special_tokens=True,
-            clean_up_tokenization_spaces=False,
-        )
-        answers = [self._answered(row, text) for row, text in zip(asked, texts, strict=True)]
+        answers = self._answers(self.prompts, asked, samples)
         judged = judge(answers, self.rewards, on_fault=config.on_reward_fault)
         examples = [
-            learnt(prompts.examples[row], sample)
+            learnt(self.prompts.examples[row], sample)
             for row, sample in zip(asked, samples, strict=True)
         ]
         reference = reference_of(examples) if config.kl_weight else None
@@ -91,7 +82,8 @@ class Roller:
         drawn = Drawn(
             advantages.flatten().tolist(), [sample.logprobs for sample in samples], reference
         )
-        metrics = _metrics(samples, judged, rewards.view_as(advantages), config)
+        metrics = _metrics(samples, judged)
+        metrics["equal_groups"] = _equal_groups(rewards.view_as(advantages))
         metrics["sample_tokens_per_second"] = sum(len(s.tokens) for s in samples) / seconds
         values = zip(answers, samples, judged.rewards, drawn.advantages, strict=True)
         lines = [
@@ -110,10 +102,44 @@ class Roller:
         ]
         return Rollout(examples, drawn, metrics, lines, judged)
 
-    def _answered(self, row: int, text: str) -> Answered:
-        prompts = self.prompts
-        question, place = prompts.questions[row], prompts.examples[row].where
-        return Answered(text, prompts.messages(row), question.references, question.item, place)
+    def evaluate(self, prompts: Prompts) -> tuple[Measurement, Judged]:
+        """Return what answers to other prompts come to, drawn each time with the same random
+        numbers: the mean reward, with its sign turned as the least is best, and what it is of."""
+        count = self.config.eval_answers
+        rows = range(len(prompts.examples))
+        samples = self._drawn(prompts, rows, BEFORE_THE_FIRST, count=count)
+        answers = self._answers(prompts, [row for row in rows for _ in range(count)], samples)
+        judged = judge(answers, self.rewards, on_fault=self.config.on_reward_fault)
+        metrics = _metrics(samples, judged)
+        return Measurement(-metrics.get("reward", math.nan), metrics), judged
+
+    def _drawn(
+        self, prompts: Prompts, rows: Sequence[int], step: int, *, count: int
+    ) -> list[Sample]:
+        """Return so many answers to each of these prompts, by random numbers of the step's own."""
+        groups = self.decoder.samples(
+            [prompts.examples[row].tokens for row in rows],
+            count=count,
+            most=self.config.max_new_tokens,
+            seeds=[seed_of(self.seed, step, row) for row in rows],
+        )
+        return [sample for group in groups for sample in group]
+
+    def _answers(
+        self, prompts: Prompts, asked: Sequence[int], samples: Sequence[Sample]
+    ) -> list[Answered]:
+        """Return samples as rewards judge them. asked: the prompt of each."""
+        texts = self.tokenizer.batch_decode(
+            [sample.tokens for sample in samples],
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,
+        )
+        answers = []
+        for row, text in zip(asked, texts, strict=True):
+            question, place = prompts.questions[row], prompts.examples[row].where
+            turns = prompts.messages(row)
+            answers.append(Answered(text, turns, question.references, question.item, place))
+        return answers
 
     def _shaped(
         self,
@@ -162,10 +188,8 @@ def base_log_probabilities(
     return [values[row] for row in range(len(examples))]
 
 
-def _metrics(
-    samples: Sequence[Sample], judged: Judged, shaped: torch.Tensor, config: OnPolicy
-) -> dict[str, float]:
-    """Return what is measured of a step's samples; a reward that no answer has is left out."""
+def _metrics(samples: Sequence[Sample], judged: Judged) -> dict[str, float]:
+    """Return what is measured of samples; a reward that no answer has is left out."""
     lengths = [len(sample.tokens) for sample in samples]
     known = [reward for reward in judged.rewards if not math.isnan(reward)]
     metrics: dict[str, float] = {}
@@ -176,9 +200,7 @@ def _metrics(
     for name, values in judged.by_name.items():
         if own := [value for value in values if not math.isnan(value)]:
             metrics[f"reward/{name}"] = fmean(own)
-    spread_of_group = shaped.nan_to_num(-math.inf).amax(1) - shaped.nan_to_num(math.inf).amin(1)
     metrics |= {
-        "equal_groups": float((spread_of_group <= 0).double().mean()),
         "answer_tokens": fmean(lengths),
         "longest_answer": float(max(lengths)),
         "cut_answers": fmean(not sample.ended for sample in samples),
@@ -186,6 +208,12 @@ def _metrics(
         "reward_faults": float(sum(judged.faults.values())),
     }
     return metrics
+
+
+def _equal_groups(rewards: torch.Tensor) -> float:
+    """Return the share of groups in which all known rewards are equal. rewards: those of each."""
+    spread = rewards.nan_to_num(-math.inf).amax(1) - rewards.nan_to_num(math.inf).amin(1)
+    return float((spread <= 0).double().mean())
 
 
 def _or_none(value: float) -> float | None:

@@ -24,9 +24,10 @@ from veneer.objectives.config import Objective
 from veneer.objectives.on_policy import PolicyCriterion
 from veneer.objectives.policy_config import OnPolicy
 from veneer.processes.world import ALONE
-from veneer.rewards.judged import Weighted
+from veneer.rewards.judged import Judged, Weighted
 from veneer.run_directory import RunDirectory
 from veneer.training.config import TrainConfig
+from veneer.training.evaluate import Measurement
 from veneer.training.events import Event, Notice, Skipped, Step
 from veneer.training.frozen import FrozenBase
 from veneer.training.on_policy.page import SampleLog
@@ -51,6 +52,7 @@ def train_on_policy(
     objective: Objective,
     on_policy: OnPolicy,
     rewards: Sequence[Weighted],
+    held_out: Prompts | None = None,
     directory: RunDirectory | None = None,
     identity: Mapping[str, Any] | None = None,
     resume: bool = False,
@@ -59,7 +61,8 @@ def train_on_policy(
     """Train the adapter that acts on its own answers to prompts, and yield events.
 
     Each step draws `group_size` answers to each of `prompts_per_step` prompts, and learns by how
-    much each is better than the others. With a `directory`, checkpoints and samples go there.
+    much each is better than the others. Answers to `held_out` are judged as often as `train`
+    evaluates. With a `directory`, checkpoints and samples go there.
     Raises as `train` does, and TrainingError where a reward fails and the run is to stop then.
     """
     _check(model, config)
@@ -68,6 +71,7 @@ def train_on_policy(
         objective=objective,
         on_policy=on_policy,
         rewards=rewards,
+        held_out=held_out,
         directory=directory,
         identity=identity or {},
     )
@@ -135,11 +139,12 @@ class OnPolicyRun(Run):
         objective: Objective,
         on_policy: OnPolicy,
         rewards: Sequence[Weighted],
+        held_out: Prompts | None,
         directory: RunDirectory | None,
         identity: Mapping[str, Any],
     ) -> None:
         super().__init__(
-            *(model, prompts.examples, course_of(config), ()),
+            *(model, prompts.examples, course_of(config), held_out.examples if held_out else ()),
             None if directory is None else directory.checkpoints,
             on_policy.course | dict(identity),
             ALONE,
@@ -147,6 +152,7 @@ class OnPolicyRun(Run):
         )
         self.watch.detects_spikes = False  # what a policy loses differs from sample to sample
         self.tokenizer, self.prompts, self.rewards = tokenizer, prompts, rewards
+        self.to_evaluate = held_out
         self.on_policy = on_policy
         self.of_answers = objective.objective == "rloo"
         count = on_policy.prompts_per_step
@@ -166,13 +172,14 @@ class OnPolicyRun(Run):
     def make_decoder(self) -> tuple[str, ...]:
         """Make what draws the samples, and return notices. The run is where it begins."""
         model, config = self.model, self.on_policy
-        longest = max(len(example.tokens) for example in self.examples) + config.max_new_tokens
+        asked = [*self.examples, *self.held_out]
+        longest = max(len(example.tokens) for example in asked) + config.max_new_tokens
         group = config.group_size
         decoder = SampleDecoder(
             model,
             {*end_tokens(model), self.tokenizer.eos_token_id} - {None},
             context=min(longest, context_of(model.config)),
-            rows=max(1, ROWS // group) * group,
+            rows=max(max(1, ROWS // group) * group, config.eval_answers),
         )
         self.roller = Roller(
             *(decoder, self.tokenizer, self.prompts, self.rewards, config),
@@ -210,7 +217,7 @@ class OnPolicyRun(Run):
         self._advance()
         lr = self.config.lr_at(progress.step, self.steps)
         rollout = self.roller.roll(progress.step, rows, self._reference)
-        self._note_faults(rollout)
+        self._note_faults(rollout.judged, "this step")
         self.log.add(rollout.lines)
         order, batches = self._batches(rollout.examples)
         criterion = PolicyCriterion(self.on_policy, rollout.drawn, self.of_answers)
@@ -227,6 +234,14 @@ class OnPolicyRun(Run):
             tokens_per_batch=self.config.batch_tokens,
             seed=self.config.seed,
         )
+
+    def _measure(self, forward: Forward) -> Measurement:
+        assert self.roller is not None
+        assert self.to_evaluate is not None
+        with worthwhile_threads(self.model):
+            measured, judged = self.roller.evaluate(self.to_evaluate)
+        self._note_faults(judged, "this evaluation")
+        return measured
 
     def _reference(self, examples: Sequence[Example]) -> list[list[float]]:
         with worthwhile_threads(self.model):
@@ -245,14 +260,13 @@ class OnPolicyRun(Run):
         tokens = sum(len(example.tokens) for example in rollout.examples)
         return replace(event, tokens=tokens, metrics=metrics)
 
-    def _note_faults(self, rollout: Rollout) -> None:
+    def _note_faults(self, judged: Judged, where: str) -> None:
         """Tell a person of each fault of a reward when it comes for the first time."""
-        judged = rollout.judged
         if new := judged.faults.keys() - self._faulty:
             self._faulty |= new
             counts = ", ".join(f"{what} {n} times" for what, n in sorted(judged.faults.items()))
             self._notices.append(
-                f"{judged.first_fault} In this step: {counts}. Such answers count for nothing; "
+                f"{judged.first_fault} In {where}: {counts}. Such answers count for nothing; "
                 "metrics.jsonl has their number (reward_faults)."
             )
 
