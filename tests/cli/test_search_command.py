@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import veneer
+import veneer.cli.many
 import veneer.cli.trials
 from veneer.cli.app import run
 from veneer.cli.response import axes_of, draw_response
@@ -101,6 +102,48 @@ def test_auto_is_settled_before_the_run_and_all_else_is_the_commands(caught, mon
     monkeypatch.setattr(veneer.cli.trials, "search_before", lambda *_, **__: 130)
     assert run(line) == 130
     assert "auto searches in one process" in refused(*line, "--processes", "2")
+
+
+JOBS = """\
+jobs:
+  - {name: a, lr: auto, rank: auto}
+  - {name: b, rank: auto}
+  - {name: c, lr: 2e-3}
+"""
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], {"a": ("lr", "rank"), "b": ("rank",)}),
+        (["--lr", "auto"], {"a": ("lr", "rank"), "b": ("lr", "rank")}),
+    ],
+)
+def test_what_jobs_leave_to_a_search_is_settled_before_all_of_them(
+    flags, expected, monkeypatch, tmp_path
+):
+    seen, trained = {}, {}
+
+    def before(recipe, names, **options):
+        seen[recipe.out.name] = names
+        return replace(recipe, training=replace(recipe.training, lr=0.5))
+
+    def tune_many(recipes, **options):
+        trained.update(recipes)
+        yield from ()
+
+    monkeypatch.setattr(veneer.cli.many, "search_before", before)
+    monkeypatch.setattr(veneer, "tune_many", tune_many)
+    jobs = tmp_path / "jobs.yaml"
+    jobs.write_text(JOBS)
+    line = ["tune", "owner/base", "rows.jsonl", "--jobs", str(jobs), "--quiet", *flags]
+    assert run([*line, "--out", str(tmp_path / "runs")]) == 0
+    assert seen == expected
+    assert {name: recipe.training.lr for name, recipe in trained.items()} == {
+        "a": 0.5,
+        "b": 0.5,
+        "c": 2e-3,
+    }
 
 
 def test_the_search_before_a_run_takes_all_flags_of_the_run(caught, monkeypatch):

@@ -22,9 +22,10 @@ from typing import Any
 import yaml
 from cyclopts import App, Argument, ArgumentCollection, CycloptsError
 from cyclopts.config import Dict
+from cyclopts.token import Token
 from cyclopts.utils import UNSET
 
-from veneer.cli.file_settings import SHORT, as_flags
+from veneer.cli.file_settings import SEARCHED, SHORT, as_flags
 from veneer.errors import ConfigError, VeneerError, nearest
 
 OF_A_JOB = ("data", "from")  # beside what its adapter, course, objective and rows are
@@ -200,6 +201,8 @@ def _values(
     for argument in own:
         if names & {*argument.names}:
             argument.tokens = []  # of the command line
+        elif "--search-first" in argument.names:
+            _leave_to_search(argument, values)
     source = str(path)
     flat = as_flags({key: value for key, value in values.items() if value is not None})
     for key, value in flat.items():
@@ -224,6 +227,21 @@ def _values(
         if not argument.keys and value is not UNSET:
             called[str(argument.field_info.name)] = value
     return called
+
+
+def _leave_to_search(argument: Argument, values: dict[str, Any]) -> None:
+    """Take settings that are "auto" from a job's values, for the search before its run. argument:
+    what is to be searched for, which has those of the command line."""
+    of_all = argument.tokens[-1].implicit_value if argument.tokens else ()
+    autos = [
+        key
+        for key in SEARCHED
+        if values.get(key) == "auto" or (key in of_all and key not in values)
+    ]
+    for key in autos:
+        values.pop(key, None)
+    token = Token(keyword="--search-first", source="jobs", implicit_value=tuple(autos))
+    argument.tokens = [token] if autos else []
 
 
 def _text(error: VeneerError | CycloptsError) -> str:

@@ -27,6 +27,7 @@ from veneer.cli.console import (
 from veneer.cli.events import events_on_stdout
 from veneer.cli.plots import draw_losses
 from veneer.cli.tables import plan_summary
+from veneer.cli.trials import search_before
 from veneer.errors import ConfigError, DivergedError, VeneerError, shortened
 from veneer.run_directory import RunDirectory
 from veneer.training.events import (
@@ -75,14 +76,30 @@ def run_jobs(
     *,
     track: Sequence[str],
     quiet: bool,
+    tokens_per_pass: int,
     as_json: bool = False,
     grace_seconds: float | None = None,
+    searches: Mapping[str, Sequence[str]] | None = None,
     **options: Any,
 ) -> int:
     """Run all recipes and return the exit code: 0; 3 when one of them diverged, 2 when one failed
-    otherwise; 128 and the number of the signal that ended it. options: those of `tune_many`."""
+    otherwise; 128 and the number of the signal that ended it.
+
+    searches: the settings of each job that a search settles before all begin. options: those of
+    `tune_many`.
+    """
     if track:
         raise ConfigError("--track is for a run alone; each job's metrics.jsonl has it all.")
+    shows = {"quiet": quiet, "as_json": as_json, "grace_seconds": grace_seconds}
+    settled = dict(recipes)
+    for name, names in (searches or {}).items():
+        if not names:
+            continue
+        recipe = search_before(recipes[name], names, track=(), **shows, **options)
+        if isinstance(recipe, int):
+            return recipe
+        settled[name] = recipe
+    recipes, options["tokens_per_pass"] = settled, tokens_per_pass
     quieten_libraries()
     states = {name: JobState() for name in recipes}
     display = None if quiet else JobsDisplay(states)

@@ -164,10 +164,10 @@ def tune(
 
         if processes is not None:
             raise ConfigError("--jobs trains in one process; leave out --processes.")
-        if search_first:
-            raise ConfigError("auto is for a run alone; for several, try veneer search.")
         recipes = recipes_of(jobs, out, recipe_of)
-        return run_jobs(recipes, out, tokens_per_pass=tokens_per_pass, **options)
+        searches = {name: arguments.get("search_first", ()) for name, arguments in jobs.items()}
+        options["tokens_per_pass"] = tokens_per_pass
+        return run_jobs(recipes, out, searches=searches, **options)
     if tokens_per_pass != TOKENS_PER_PASS:
         raise ConfigError("--tokens-per-pass is for --jobs; for a run alone: --tokens-per-batch.")
     if data is None:

@@ -275,16 +275,27 @@ def test_a_job_starts_from_an_adapter(small, tmp_path):
     assert RunDirectory(second).read_recipe()["rank"] == 2
 
 
-def started(base: Path, runs: Path):
-    server = serving(base, runs)
-    return server.process, client_of(server)
+@pytest.fixture
+def started():
+    """Starts servers, which end with the test."""
+    processes = []
+
+    def start(base, runs):
+        server = serving(base, runs)
+        processes.append(server.process)
+        return server.process, client_of(server)
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
 
 
 OF_ANSWERS = {
     "extra_body": {"steps": 120, "save_every": 10, "rank": 2, "tokens_per_step": 100},
 }
 OF_SAMPLES = {
-    "extra_body": {"steps": 60, "save_every": 5, "rank": 2, "max_new_tokens": 5, "lr": 0.01},
+    "extra_body": {"steps": 60, "save_every": 2, "rank": 2, "max_new_tokens": 5, "lr": 0.01},
     "method": {"type": "reinforcement", "reinforcement": {"grader": GRADER}},
 }
 
@@ -295,7 +306,7 @@ OF_SAMPLES = {
     [(False, ROWS, OF_ANSWERS), (True, ROWS, OF_ANSWERS), (True, PROMPTS, OF_SAMPLES)],
     ids=["server", "both", "both of samples"],
 )
-def test_a_killed_server_goes_on_with_its_job(small, tmp_path, worker_too, rows, asks):
+def test_a_killed_server_goes_on_with_its_job(small, started, tmp_path, worker_too, rows, asks):
     """Shown to the bit beside `tune`, with the worker left to itself, and killed too."""
     runs = tmp_path / "runs"
     runs.mkdir()
@@ -314,21 +325,17 @@ def test_a_killed_server_goes_on_with_its_job(small, tmp_path, worker_too, rows,
     server.wait()
     run = next(runs.glob("ft-*"))
     server, client = started(small[0], runs)
-    try:
-        done = until(client, job.id, "succeeded", "failed")
-        assert done.status == "succeeded", done
-        events = [x.message for x in client.fine_tuning.jobs.list_events(job.id, limit=500)]
-        assert any(text.startswith("Training goes on after step") for text in events)
-        answer = client.chat.completions.create(
-            model=done.fine_tuned_model, messages=[{"role": "user", "content": "a"}], max_tokens=3
-        )
-        assert answer.usage.completion_tokens >= 1
-        checkpoint = client.fine_tuning.jobs.checkpoints.list(job.id).data[0]
-        assert checkpoint.step_number == steps
-        server.terminate()
-        assert server.wait(60) == 0
-    finally:
-        server.kill()
-        server.wait()
+    done = until(client, job.id, "succeeded", "failed")
+    assert done.status == "succeeded", done
+    events = [x.message for x in client.fine_tuning.jobs.list_events(job.id, limit=500)]
+    assert any(text.startswith("Training goes on after step") for text in events)
+    answer = client.chat.completions.create(
+        model=done.fine_tuned_model, messages=[{"role": "user", "content": "a"}], max_tokens=3
+    )
+    assert answer.usage.completion_tokens >= 1
+    checkpoint = client.fine_tuning.jobs.checkpoints.list(job.id).data[0]
+    assert checkpoint.step_number == steps
+    server.terminate()
+    assert server.wait(60) == 0
     assert json.loads((run / "progress.json").read_text())["ended"] in ("finished", "diverged")
     assert weights(run) == tuned_again(run, tmp_path / "again")
