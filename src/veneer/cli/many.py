@@ -90,7 +90,7 @@ def run_jobs(
     """
     if track:
         raise ConfigError("--track is for a run alone; each job's metrics.jsonl has it all.")
-    shows = {"quiet": quiet, "as_json": as_json, "grace_seconds": grace_seconds}
+    shows: dict[str, Any] = {"quiet": quiet, "as_json": as_json, "grace_seconds": grace_seconds}
     settled = dict(recipes)
     for name, names in (searches or {}).items():
         if not names:

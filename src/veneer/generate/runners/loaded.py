@@ -100,7 +100,7 @@ def _with_bias(layer: LoRALinear, update: LowRankUpdate | None, bias: Tensor) ->
     change = bias.to(layer.device, torch.float32) - (0.0 if own is None else own.float())
     if update is None:
         out, in_ = layer.base_weight.shape
-        zeros = {"dtype": layer.compute_dtype, "device": layer.device}
+        zeros: dict[str, Any] = {"dtype": layer.compute_dtype, "device": layer.device}
         update = LowRankUpdate(torch.zeros(1, in_, **zeros), torch.zeros(out, 1, **zeros), None)
     return replace(update, bias=change if update.bias is None else update.bias + change)
 
