@@ -104,6 +104,7 @@ VALUES: dict[str, dict[str, tuple[object, object]]] = {
         "loss_level": ("token", "token"),
         "scale_rewards": (False, False),
         "overlong_margin": (16, 16),
+        "resample": (3, 3),
         "importance_cap": (2.0, 2.0),
     },
     "rows": {

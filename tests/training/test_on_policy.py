@@ -183,6 +183,41 @@ def test_a_resumed_run_is_the_undisturbed_one_to_the_bit(tmp_path):
     assert lines[0] == lines[1]
 
 
+class Rare(Vowels):
+    """A reward that few answers have."""
+
+    name = "rare"
+
+    def __call__(self, answer):
+        return float(answer.text[:1] in "abcd")
+
+
+class Same(Vowels):
+    """A reward that all answers have."""
+
+    name = "same"
+
+    def __call__(self, answer):
+        return 1.0
+
+
+@pytest.mark.parametrize("reward", [Rare, Same])
+def test_groups_that_teach_nothing_are_drawn_again_up_to_a_bound(reward):
+    course = replace(COURSE, steps=1)
+    config = replace(SHORT, prompts_per_step=3)
+    (once,) = of(Step, list(run(new_model(), course, config, reward=reward)))
+    config = replace(config, resample=4)
+    (step,) = of(Step, list(run(new_model(), course, config, reward=reward)))
+    equal = round(3 * once.metrics["equal_groups"])
+    assert "resampled_groups" not in once.metrics
+    if reward is Same:
+        assert (equal, step.metrics["resampled_groups"]) == (3, 3 * 4)
+        assert step.metrics["equal_groups"] == 1
+    else:
+        assert 0 < equal <= step.metrics["resampled_groups"] < 3 * 4
+        assert step.metrics["equal_groups"] < once.metrics["equal_groups"]
+
+
 def test_rewards_fall_with_length_and_with_the_distance_from_the_base():
     config = replace(SHORT, overlong_margin=2, kl_weight=0.5)
     roller = Roller(*(None, None, None, ()), config, of_answers=True, seed=0)

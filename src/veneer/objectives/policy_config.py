@@ -26,7 +26,7 @@ class OnPolicy:
     """Training on samples (grpo, rloo). Raises ConfigError, which lists everything that is wrong.
 
     The usual values are GRPO's. Dr. GRPO is loss_level "budget" without scale_rewards; DAPO is
-    loss_level "token", clip_high 0.28 and an overlong_margin.
+    loss_level "token", clip_high 0.28, an overlong_margin and resample.
     """
 
     reward: tuple[str, ...] = ()
@@ -63,6 +63,9 @@ class OnPolicy:
     """Divide the advantages of a group by its standard deviation; of grpo."""
     overlong_margin: int = 0
     """Tokens before the longest answer's end from which on the reward falls, by 1 at the end."""
+    resample: int = 0
+    """How often at most a group whose answers all have one reward, so that nothing is learnt from
+    it, is drawn again in its step."""
     importance_cap: float | None = None
     """Weigh each token by how much likelier the trainer makes it than the sampler did, at most
     so many times; not at all unless given."""
@@ -93,6 +96,7 @@ class OnPolicy:
                 "loss_level": one_of(LossLevel),
                 "scale_rewards": BOOLEAN,
                 "overlong_margin": whole_number(0),
+                "resample": whole_number(0),
                 "importance_cap": ABOVE_0,
             },
             contradictions={

@@ -76,6 +76,21 @@ class Judged:
     first_fault: str = ""
     seconds: float = 0.0
 
+    def replaced(self, places: Sequence[int], others: Judged) -> Judged:
+        """Return what answers are worth once others stand in these places; the faults of both."""
+
+        def merged(own: Sequence[float], new: Sequence[float]) -> list[float]:
+            at = dict(zip(places, new, strict=True))
+            return [at.get(i, value) for i, value in enumerate(own)]
+
+        return Judged(
+            merged(self.rewards, others.rewards),
+            {name: merged(own, others.by_name[name]) for name, own in self.by_name.items()},
+            Counter(self.faults) + Counter(others.faults),
+            self.first_fault or others.first_fault,
+            self.seconds + others.seconds,
+        )
+
 
 def judge(
     answers: Sequence[Answered], rewards: Sequence[Weighted], *, on_fault: OnFault = "skip"

@@ -38,6 +38,7 @@ SAMPLES = {
     "reward_deviation": "The standard deviation of these rewards.",
     "reward/NAME": "The mean of one reward, by its name.",
     "equal_groups": "The share of groups whose answers all have one reward, which teach nothing.",
+    "resampled_groups": "How many groups were drawn again for that (--resample); absent without.",
     "answer_tokens": "The mean length of an answer, in tokens.",
     "longest_answer": "The length of the longest answer, in tokens.",
     "cut_answers": "The share of answers that --max-new-tokens cut off.",

@@ -48,6 +48,27 @@ class Rollout:
 
 
 @dataclass(frozen=True, eq=False)
+class _Draw:
+    """Answers, group by group, and what they are worth. tokens, seconds: that drawing them took,
+    with those that others have replaced."""
+
+    samples: Sequence[Sample]
+    answers: Sequence[Answered]
+    judged: Judged
+    tokens: int
+    seconds: float
+
+    def replaced(self, places: Sequence[int], others: _Draw) -> _Draw:
+        """Return the answers with others in these places."""
+        samples, answers = list(self.samples), list(self.answers)
+        for place, sample, answer in zip(places, others.samples, others.answers, strict=True):
+            samples[place], answers[place] = sample, answer
+        judged = self.judged.replaced(places, others.judged)
+        tokens, seconds = self.tokens + others.tokens, self.seconds + others.seconds
+        return _Draw(samples, answers, judged, tokens, seconds)
+
+
+@dataclass(frozen=True, eq=False)
 class Roller:
     """Draws and judges samples of a run's prompts."""
 
@@ -61,13 +82,20 @@ class Roller:
 
     def roll(self, step: int, rows: Sequence[int], reference_of: ReferenceOf) -> Rollout:
         """Return the samples of a step: answers to the prompts `rows`."""
-        config = self.config
-        begun = time.perf_counter()
-        samples = self._drawn(self.prompts, rows, step, count=config.group_size)
-        seconds = time.perf_counter() - begun
-        asked = [row for row in rows for _ in range(config.group_size)]
-        answers = self._answers(self.prompts, asked, samples)
-        judged = judge(answers, self.rewards, on_fault=config.on_reward_fault)
+        config, size = self.config, self.config.group_size
+        drawn = self._draw(self.prompts, rows, step, count=size)
+        again = 0
+        for attempt in range(1, config.resample + 1):
+            shaped = self._shaped(drawn.judged.rewards, drawn.samples, None).view(-1, size)
+            groups = _are_equal(shaped).nonzero()[:, 0].tolist()
+            if not groups:
+                break
+            again += len(groups)
+            same = [rows[group] for group in groups]
+            others = self._draw(self.prompts, same, step, attempt, count=size)
+            drawn = drawn.replaced([g * size + i for g in groups for i in range(size)], others)
+        samples, answers, judged = drawn.samples, drawn.answers, drawn.judged
+        asked = [row for row in rows for _ in range(size)]
         examples = [
             learnt(self.prompts.examples[row], sample)
             for row, sample in zip(asked, samples, strict=True)
@@ -79,13 +107,15 @@ class Roller:
             baseline="others" if self.of_answers else "group",
             scale=config.scale_rewards and not self.of_answers,
         )
-        drawn = Drawn(
+        known = Drawn(
             advantages.flatten().tolist(), [sample.logprobs for sample in samples], reference
         )
         metrics = _metrics(samples, judged)
-        metrics["equal_groups"] = _equal_groups(rewards.view_as(advantages))
-        metrics["sample_tokens_per_second"] = sum(len(s.tokens) for s in samples) / seconds
-        values = zip(answers, samples, judged.rewards, drawn.advantages, strict=True)
+        metrics["equal_groups"] = float(_are_equal(rewards.view_as(advantages)).double().mean())
+        if config.resample:
+            metrics["resampled_groups"] = float(again)
+        metrics["sample_tokens_per_second"] = drawn.tokens / drawn.seconds
+        values = zip(answers, samples, judged.rewards, known.advantages, strict=True)
         lines = [
             {
                 "step": step,
@@ -100,30 +130,33 @@ class Roller:
             }
             for i, (answer, sample, reward, advantage) in enumerate(values)
         ]
-        return Rollout(examples, drawn, metrics, lines, judged)
+        return Rollout(examples, known, metrics, lines, judged)
 
     def evaluate(self, prompts: Prompts) -> tuple[Measurement, Judged]:
         """Return what answers to other prompts come to, drawn each time with the same random
         numbers: the mean reward, with its sign turned as the least is best, and what it is of."""
         count = self.config.eval_answers
-        rows = range(len(prompts.examples))
-        samples = self._drawn(prompts, rows, BEFORE_THE_FIRST, count=count)
-        answers = self._answers(prompts, [row for row in rows for _ in range(count)], samples)
-        judged = judge(answers, self.rewards, on_fault=self.config.on_reward_fault)
-        metrics = _metrics(samples, judged)
-        return Measurement(-metrics.get("reward", math.nan), metrics), judged
+        drawn = self._draw(prompts, range(len(prompts.examples)), BEFORE_THE_FIRST, count=count)
+        metrics = _metrics(drawn.samples, drawn.judged)
+        return Measurement(-metrics.get("reward", math.nan), metrics), drawn.judged
 
-    def _drawn(
-        self, prompts: Prompts, rows: Sequence[int], step: int, *, count: int
-    ) -> list[Sample]:
+    def _draw(
+        self, prompts: Prompts, rows: Sequence[int], step: int, *attempt: int, count: int
+    ) -> _Draw:
         """Return so many answers to each of these prompts, by random numbers of the step's own."""
+        begun = time.perf_counter()
         groups = self.decoder.samples(
             [prompts.examples[row].tokens for row in rows],
             count=count,
             most=self.config.max_new_tokens,
-            seeds=[seed_of(self.seed, step, row) for row in rows],
+            seeds=[seed_of(self.seed, step, row, *attempt) for row in rows],
         )
-        return [sample for group in groups for sample in group]
+        seconds = time.perf_counter() - begun
+        samples = [sample for group in groups for sample in group]
+        answers = self._answers(prompts, [row for row in rows for _ in range(count)], samples)
+        judged = judge(answers, self.rewards, on_fault=self.config.on_reward_fault)
+        tokens = sum(len(sample.tokens) for sample in samples)
+        return _Draw(samples, answers, judged, tokens, seconds)
 
     def _answers(
         self, prompts: Prompts, asked: Sequence[int], samples: Sequence[Sample]
@@ -210,10 +243,9 @@ def _metrics(samples: Sequence[Sample], judged: Judged) -> dict[str, float]:
     return metrics
 
 
-def _equal_groups(rewards: torch.Tensor) -> float:
-    """Return the share of groups in which all known rewards are equal. rewards: those of each."""
-    spread = rewards.nan_to_num(-math.inf).amax(1) - rewards.nan_to_num(math.inf).amin(1)
-    return float((spread <= 0).double().mean())
+def _are_equal(shaped: torch.Tensor) -> torch.Tensor:
+    """Return in which groups all known rewards are equal, (groups,). shaped: (groups, answers)."""
+    return shaped.nan_to_num(-math.inf).amax(1) - shaped.nan_to_num(math.inf).amin(1) <= 0
 
 
 def _or_none(value: float) -> float | None:
