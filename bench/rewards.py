@@ -1,17 +1,19 @@
 """A skill that rewards teach: sums of three numbers in a required format, by GRPO.
 
-    python -m bench.rewards --steps 100
+    python -m bench.rewards --minutes 20 --until 0.85
     python -m bench.rewards --steps 3 --beside-trl
 
 Each step draws answers, judges them by a pattern and by the sum, and learns. What comes out are the
 rewards of the first and the last steps, the reward on prompts that were never trained on, how far
-sampler and trainer are apart, and where the time goes. With --beside-trl the same prompts are
-answered by transformers' `generate`, which TRL draws with, in turns with ours.
+sampler and trainer are apart, and where the time goes. A run ends after its steps, after so many
+minutes of training, or as soon as the mean reward of five steps has come so far. With --beside-trl
+the same prompts are answered by transformers' `generate`, which TRL draws with, in turns with ours.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import time
 from collections.abc import Sequence
@@ -43,12 +45,13 @@ REWARDS = [Weighted(Matches(RIGHT, name="right"), 0.8), Weighted(Matches(SHAPE, 
 SHOWN = ((2, 3, 4), (5, 1, 2))  # examples of the form, before each question
 
 
-def sums(count: int, *, seed: int) -> list[Located[Question]]:
-    """Return questions for the sum of three numbers, each behind two examples of the form."""
+def sums(count: int, *, largest: int, seed: int) -> list[Located[Question]]:
+    """Return questions for the sum of three numbers from 1 to `largest`, each behind two examples
+    of the form."""
     draw = random.Random(seed)
     rows = []
     for i in range(count):
-        numbers = [draw.randint(1, 9) for _ in range(3)]
+        numbers = [draw.randint(1, largest) for _ in range(3)]
         turns = []
         for shown in SHOWN:
             turns.append(Message("user", _asked(shown)))
@@ -69,8 +72,8 @@ def decoder_of(base: Any, prompts: Prompts, config: OnPolicy) -> SampleDecoder:
     return SampleDecoder(base.model, ends, context=context, rows=4 * config.group_size)
 
 
-def reward_on(base: Any, prompts: Prompts, config: OnPolicy) -> float:
-    """Return the mean reward of one answer to each prompt."""
+def reward_on(base: Any, prompts: Prompts, config: OnPolicy, rewards: Sequence[Weighted]) -> float:
+    """Return the mean reward of a group of answers to each prompt."""
     count = config.group_size
     groups = decoder_of(base, prompts, config).samples(
         [row.tokens for row in prompts.examples],
@@ -83,7 +86,7 @@ def reward_on(base: Any, prompts: Prompts, config: OnPolicy) -> float:
         for group in groups
     ]
     answers = [answered(prompts, row, text) for row, group in enumerate(texts) for text in group]
-    return fmean(judge(answers, REWARDS).rewards)
+    return fmean(judge(answers, rewards).rewards)
 
 
 def answered(prompts: Prompts, row: int, text: str) -> Answered:
@@ -138,6 +141,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--minutes", type=float, help="of training, after which it ends")
+    parser.add_argument("--until", type=float, help="mean reward of five steps at which it ends")
+    parser.add_argument("--largest", type=int, default=9, help="number in a sum")
     parser.add_argument("--lr", type=float)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--group-size", type=int, default=8)
@@ -165,13 +171,21 @@ def main() -> None:
     rewards = [replace(REWARDS[0], weight=1 - args.shape_weight)]
     rewards += [replace(REWARDS[1], weight=args.shape_weight)] * bool(args.shape_weight)
     limits = {"context": context_of(base.model.config), "max_new_tokens": args.max_new_tokens}
-    prompts = encoded(sums(500, seed=1), base.tokenizer, **limits)
-    held_out = encoded(sums(args.held_out, seed=2), base.tokenizer, **limits)
+    prompts = encoded(sums(500, largest=args.largest, seed=1), base.tokenizer, **limits)
+    held_out = encoded(sums(args.held_out, largest=args.largest, seed=2), base.tokenizer, **limits)
     if args.beside_trl:
         beside_generate(base, prompts, config, rounds=3)
-    print(f"held-out reward before: {reward_on(base, held_out, config):.3f}")
+    before = reward_on(base, held_out, config, rewards)
+    print(f"held-out reward before: {before:.3f}", flush=True)
     directory = None if args.out is None else RunDirectory(args.out)
     begun, process = time.perf_counter(), time.process_time()
+    steps: list[Step] = []
+
+    def is_over() -> bool:
+        late = args.minutes is not None and time.perf_counter() - begun > 60 * args.minutes
+        there = args.until is not None and reward_of(steps[-5:]) >= args.until
+        return late or (there and len(steps) >= 5)
+
     events = train_on_policy(
         *(base.model, base.tokenizer, prompts),
         veneer.TrainConfig(steps=args.steps, lr=args.lr, schedule="constant"),
@@ -179,28 +193,42 @@ def main() -> None:
         on_policy=config,
         rewards=rewards,
         directory=directory,
+        should_stop=is_over,
     )
-    steps: list[Step] = []
     for event in events if directory is None else record(events, directory):
         if isinstance(event, Notice):
-            print(event.text)
+            print(event.text, flush=True)
         if isinstance(event, Step):
             steps.append(event)
             m = event.metrics
             print(
-                f"step {event.step:4d}  reward {m['reward']:.3f}  right {m['reward/right']:.3f}  "
+                f"{time.perf_counter() - begun:6.0f} s  step {event.step:4d}  "
+                f"reward {m.get('reward', 0):.3f}  of five {reward_of(steps[-5:]):.3f}  "
+                f"right {m.get('reward/right', 0):.3f}  equal {m['equal_groups']:.2f}  "
                 f"entropy {m['entropy']:.2f}  tokens {m['answer_tokens']:.1f}  gap "
                 f"{m['sampler_gap']:.2e} (most {m['largest_sampler_gap']:.2e})  "
-                f"{event.seconds:.1f} s",
+                f"{m['sample_tokens_per_second']:.0f} tokens/s drawn",
                 flush=True,
             )
-    few = max(1, len(steps) // 10)
-    ends = [fmean(s.metrics["reward"] for s in some) for some in (steps[:few], steps[-few:])]
-    print(
-        f"reward {ends[0]:.3f} -> {ends[1]:.3f} in {time.perf_counter() - begun:.0f} s "
-        f"({time.process_time() - process:.0f} s of processor time)"
-    )
-    print(f"held-out reward after: {reward_on(base, held_out, config):.3f}")
+    took, used = time.perf_counter() - begun, time.process_time() - process
+    few = max(1, min(5, len(steps) // 2))
+    figures = {
+        "steps": len(steps),
+        "seconds": round(took),
+        "processor_seconds": round(used),
+        "reward_first": round(reward_of(steps[:few]), 3),
+        "reward_last": round(reward_of(steps[-few:]), 3),
+        "mean_gap": max(step.metrics["sampler_gap"] for step in steps),
+        "largest_gap": max(step.metrics["largest_sampler_gap"] for step in steps),
+        "held_out_before": round(before, 3),
+        "held_out_after": round(reward_on(base, held_out, config, rewards), 3),
+    }
+    print(json.dumps(figures))
+
+
+def reward_of(steps: Sequence[Step]) -> float:
+    """Return the mean reward of some steps, 0 of less than one."""
+    return fmean([step.metrics.get("reward", 0.0) for step in steps] or [0.0])
 
 
 if __name__ == "__main__":
