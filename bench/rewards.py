@@ -1,6 +1,6 @@
 """A skill that rewards teach: sums of three numbers in a required format, by GRPO.
 
-    python -m bench.rewards --minutes 20 --until 0.85
+    python -m bench.rewards --steps 400 --until 0.85
     python -m bench.rewards --steps 3 --beside-trl
 
 Each step draws answers, judges them by a pattern and by the sum, and learns. What comes out are the
@@ -141,7 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--minutes", type=float, help="of training, after which it ends")
+    parser.add_argument("--minutes", type=float, default=20.0, help="of training, at most")
     parser.add_argument("--until", type=float, help="mean reward of five steps at which it ends")
     parser.add_argument("--largest", type=int, default=9, help="number in a sum")
     parser.add_argument("--lr", type=float)
@@ -182,7 +182,7 @@ def main() -> None:
     steps: list[Step] = []
 
     def is_over() -> bool:
-        late = args.minutes is not None and time.perf_counter() - begun > 60 * args.minutes
+        late = time.perf_counter() - begun > 60 * args.minutes
         there = args.until is not None and reward_of(steps[-5:]) >= args.until
         return late or (there and len(steps) >= 5)
 

@@ -10,6 +10,7 @@ import veneer
 from support.closeness import assert_gradients_no_further, assert_no_further
 from support.pairs import pairs
 from support.random_adapters import same, shake, snapshot, tokenizer
+from support.runs import of
 from support.tiny_models import tiny
 from veneer.data.packing import pack
 from veneer.errors import AdapterError, ConfigError
@@ -20,6 +21,8 @@ from veneer.models.score import SCORE_WEIGHT
 from veneer.objectives.config import Objective
 from veneer.objectives.preferences import criterion_of
 from veneer.processes.world import ALONE
+from veneer.training.begin import let_train
+from veneer.training.events import Step
 from veneer.training.ranking import begin_ranking, with_score
 from veneer.training.step import counts_of
 
@@ -236,6 +239,41 @@ def test_a_reward_model_judges_samples_and_win_rates(minigpt_home, tmp_path, cap
     assert run([*map(str, command)]) == 0
     results = json.loads(capsys.readouterr().out)
     assert results["wins"] + results["ties"] + results["losses"] == 24
+
+
+def test_a_job_among_others_learns_what_a_run_alone_does():
+    course = veneer.TrainConfig(lr=0.01, steps=2, tokens_per_step=40, warmup=0)
+    objectives = {
+        "judge": Objective("reward"),
+        "other": Objective("reward"),
+        "dpo": Objective("dpo"),
+    }
+
+    def with_adapters(names):
+        model = tiny("llama")
+        for number, name in enumerate(names):
+            veneer.attach(model, veneer.LoRA(rank=2), name=name, seed=number)
+        veneer.use(model, None)
+        return model
+
+    together, alone = with_adapters(objectives), with_adapters(objectives)
+    jobs = {
+        name: veneer.Job(ROWS, course, objective, held_out=ROWS[:2])
+        for name, objective in objectives.items()
+    }
+    events = list(veneer.train_many(together, jobs))
+    for name, objective in objectives.items():
+        veneer.use(alone, name)
+        let_train(alone, name)
+        expected = of(
+            Step, list(veneer.train(alone, ROWS, course, objective=objective, held_out=ROWS[:2]))
+        )
+        alone.requires_grad_(False)
+        steps = [event for own, event in events if own == name and isinstance(event, Step)]
+        assert len(steps) == len(expected) == 2
+        for ours, theirs in zip(steps, expected, strict=True):
+            assert ours.loss == pytest.approx(theirs.loss, rel=1e-4)
+            assert ours.metrics == pytest.approx(theirs.metrics, rel=1e-3, abs=1e-4)
 
 
 def test_what_is_no_reward_model_cannot_judge(tmp_path):

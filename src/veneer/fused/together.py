@@ -50,6 +50,7 @@ class AdapterBatch:
     random     what its dropout draws; torch's own numbers unless given
     loss       what makes its loss of the losses of its label tokens, (labelled,): their sum
     token_loss what these losses are, −log p unless given
+    head       what makes them, the model's own unless given; such rows need a pass of their own
     """
 
     adapter: str
@@ -58,6 +59,7 @@ class AdapterBatch:
     random: RandomNumbers | None = None
     loss: Callable[[Tensor], Tensor] = Tensor.sum
     token_loss: TokenLoss | None = None
+    head: Head | None = None
 
 
 def backward_together(
@@ -267,6 +269,7 @@ def _alone(
     forward: Forward, model: PreTrainedModel, each: AdapterBatch, *, backward: bool
 ) -> Tensor:
     """Return the loss of a batch by a pass of its own."""
+    forward = forward if each.head is None else replace(forward, head=each.head)
     with acting(model, each.adapter), _drawing(each):
         loss = each.loss(forward.losses(model, each.batch, each.token_loss))
         if backward:

@@ -17,6 +17,8 @@ from veneer.fused.head import Head
 from veneer.models.score import SCORE
 from veneer.objectives.ranking import asked_at_its_end
 
+SCORE_HEAD = Head(path=SCORE)
+
 
 def begin_ranking(
     model: PreTrainedModel, examples: Sequence[Example], held_out: Sequence[Example], *, seed: int
@@ -36,4 +38,4 @@ def begin_ranking(
 
 def with_score(forward: Forward) -> Forward:
     """Return how a reward model's numbers are computed: as the base's logits, but by its head."""
-    return replace(forward, head=Head(path=SCORE))
+    return replace(forward, head=SCORE_HEAD)

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from veneer.adapter.use import acting
 from veneer.data.encode import Example
-from veneer.errors import ConfigError
 from veneer.fused.forward import Forward
+from veneer.fused.head import Head
 from veneer.fused.together import AdapterBatch
 from veneer.models.device import RandomNumbers
 from veneer.objectives.config import ANSWERS, Objective
@@ -24,6 +24,7 @@ from veneer.training.config import TrainConfig
 from veneer.training.events import Event, Notice
 from veneer.training.many.schedule import Waiting
 from veneer.training.one_of_several import OneOfSeveral
+from veneer.training.ranking import SCORE_HEAD, begin_ranking, with_score
 from veneer.training.run import Run
 from veneer.training.step import StepToLearn, StepUnderWay
 
@@ -63,15 +64,19 @@ class RunningJob:
         self.step: StepUnderWay | None = None
         self.next_batch = 0  # of that step
         self._events: Events = iter(())
-        if job.objective.is_ranking:
-            raise ConfigError(f"{name} learns a reward model, which trains alone: by veneer.train.")
+        self.head: Head | None = None  # unless the model's own
+        examples, held_out = job.examples, job.held_out
+        with self.turn():
+            if job.objective.is_ranking:
+                examples, held_out = begin_ranking(model, examples, held_out, seed=job.config.seed)
+                self.head = SCORE_HEAD
         let_train(model, name)
         with self.turn():
             self.run = Run(
                 model,
-                job.examples,
+                examples,
                 job.config,
-                job.held_out,
+                held_out,
                 job.directory,
                 job.identity,
                 ALONE,
@@ -95,6 +100,7 @@ class RunningJob:
                 yield Notice(self.run.choices)
             yield from notices
             self.model.eval()  # as for a run alone, whatever the others do
+            forward = forward if self.head is None else with_score(forward)
             yield from self.run.begin(forward, resume=self.job.resume)
             yield from self.run.go(forward, should_stop)
         finally:  # before the results are written
@@ -136,8 +142,12 @@ class RunningJob:
         assert step is not None
         batch, _ = step.batches[self.next_batch]
         self.next_batch += 1
-        loss, token_loss = partial(step.loss, batch=batch), step.token_loss(batch)
-        return AdapterBatch(self.name, batch, step.divisor, self.random, loss, token_loss)
+        return AdapterBatch(
+            *(self.name, batch, step.divisor, self.random),
+            loss=partial(step.loss, batch=batch),
+            token_loss=step.token_loss(batch),
+            head=self.head,
+        )
 
     def learnt(self) -> None:
         """Note that the batch that was taken last is learnt; the step's last one ends the step."""

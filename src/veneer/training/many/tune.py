@@ -84,11 +84,6 @@ def tune_many(
             f"{listed(on_samples)} learn from their own samples, which jobs do not draw together "
             "yet; train each alone."
         )
-    if ranking := [name for name, each in recipes.items() if each.objective.is_ranking]:
-        raise ConfigError(
-            f"{listed(ranking)} learn reward models, which jobs do not train together; train each "
-            "alone."
-        )
     if resume and not any(recipe.out.exists() for recipe in recipes.values()):
         places = ", ".join(str(recipe.out) for recipe in recipes.values())
         raise ConfigError(f"There are no runs to go on with: none of {places} exists.")
