@@ -1,33 +1,44 @@
 """Several jobs over one base, trained together, one after another, and one after another by PEFT.
 
 python -m bench.many --data e2e/train.jsonl --jobs 8 --model smollm2-135m
+python -m bench.many --data e2e/train.jsonl --mapped 8 --tokens 64 --recompute full --ways ...
 
 Each job has a rank of its own (4 to 64) on all linear layers, rows of its own, and the same number
 of steps. What is timed begins with the first step and ends with the last, of each run; each way
 runs in a process of its own, one after another, as often as --rounds says. The processor's time is
 given beside the clock's, for where others compute too.
+
+--mapped: so many layers of a 13B model's shape, random and in NF4, in files that are written to
+--place and deleted; each way has a third of their size as its memory, page cache and all (root on
+Linux, for a control group).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import LlamaConfig
 
 import veneer
 from bench.engines import padded
-from bench.shapes import SHAPES, random_base
+from bench.limit import drop_caches, limited
+from bench.random_base import write_random_base
+from bench.shapes import LEAST_VOCAB, SHAPES, random_base
 from veneer.data.encode import Example
 from veneer.data.load import load_examples
+from veneer.models.load import load_config_and_tokenizer
 from veneer.training.events import Event, Started, Step
 from veneer.training.memory import begin_measuring, process_memory
 
@@ -72,6 +83,7 @@ def course(asked: argparse.Namespace, job: int) -> veneer.TrainConfig:
         warmup=0,
         schedule="constant",
         seed=job,
+        recompute=asked.recompute,
     )
 
 
@@ -134,14 +146,33 @@ def steps_of(rows: Sequence[Example], asked: argparse.Namespace) -> Iterator[lis
         yield [rows[i] for batch in order[number] for i in batch]
 
 
+def base_of(asked: argparse.Namespace) -> veneer.Base:
+    if asked.mapped:
+        _, tokenizer = load_config_and_tokenizer("smollm2-135m")
+        return veneer.load_base(asked.place, dtype=asked.dtype, tokenizer=tokenizer)
+    if asked.model in SHAPES:
+        return random_base(asked.model, asked.dtype)
+    return veneer.load_base(asked.model, dtype=asked.dtype)
+
+
+def write_mapped(place: Path, layers: int) -> int:
+    """Write layers of a 13B model's shape, with the vocabulary of the tokenizer, and return their
+    bytes."""
+    config = LlamaConfig(
+        vocab_size=LEAST_VOCAB,
+        hidden_size=5120,
+        intermediate_size=13824,
+        num_hidden_layers=layers,
+        num_attention_heads=40,
+        tie_word_embeddings=False,
+    )
+    return write_random_base(place, config, pack_ends=True)
+
+
 def measure(asked: argparse.Namespace) -> dict[str, float]:
     """Return tokens/s, by the clock and of the processor, and bytes of one way, in this process."""
     warnings.simplefilter("ignore")
-    base = (
-        random_base(asked.model, "bf16")
-        if asked.model in SHAPES
-        else veneer.load_base(asked.model, dtype="bf16")
-    )
+    base = base_of(asked)
     examples, _ = load_examples(asked.data, base.tokenizer)
     rows = [examples[number :: asked.jobs] for number in range(asked.jobs)]
     weights = sum(weight.nbytes for weight in base.model.parameters())
@@ -155,10 +186,10 @@ def measure(asked: argparse.Namespace) -> dict[str, float]:
     }
 
 
-def apart(way: str, argv: Sequence[str]) -> dict[str, float]:
-    """Return what `measure` does, from a process of its own."""
+def apart(way: str, argv: Sequence[str], enter: Callable[[], None] | None) -> dict[str, float]:
+    """Return what `measure` does, from a process of its own, which `enter`s a control group."""
     command = [sys.executable, "-m", "bench.many", *argv, "--way", way]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, preexec_fn=enter)
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return result
 
@@ -171,6 +202,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=500, help="of a step of a job")
     parser.add_argument("--tokens-per-pass", type=int, default=4096)
+    parser.add_argument("--dtype", default="bf16", choices=("bf16", "float32"))
+    parser.add_argument("--recompute", default="none")
+    parser.add_argument("--mapped", type=int, default=0, metavar="LAYERS")
+    parser.add_argument("--place", type=Path, default=Path("/tmp/veneer-many"))
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--way", choices=WAYS, help="this one, in this process")
@@ -179,10 +214,20 @@ def main() -> None:
         print(json.dumps(measure(asked)))
         return
     results: dict[str, list[dict[str, float]]] = {}
-    for _ in range(asked.rounds):
-        for way in asked.ways.split(","):
-            results.setdefault(way, []).append(apart(way, sys.argv[1:]))
-    print(f"{asked.model}, {asked.jobs} jobs, {asked.tokens} tokens a step\n")
+    what = asked.model
+    with ExitStack() as stack:
+        enter = None
+        if asked.mapped:
+            stack.callback(shutil.rmtree, asked.place, ignore_errors=True)
+            size = write_mapped(asked.place, asked.mapped)
+            what = f"{asked.mapped} layers of a 13B shape in NF4, {size / 3e9:.2f} GB of memory"
+            enter, _ = stack.enter_context(limited(size // 3))
+        for _ in range(asked.rounds):
+            for way in asked.ways.split(","):
+                if asked.mapped:
+                    drop_caches()
+                results.setdefault(way, []).append(apart(way, sys.argv[1:], enter))
+    print(f"{what}, {asked.dtype}, {asked.jobs} jobs, {asked.tokens} tokens a step\n")
     print("| | tokens/s | first is | per second of the processor | first is | peak above weights |")
     print("|---|---:|---:|---:|---:|---:|")
     of_first: dict[str, float] = {}  # the first way's rates
