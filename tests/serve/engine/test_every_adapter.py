@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import veneer
 from support.closeness import assert_no_further
 from support.own_rows import KINDS, VIRTUAL, installed, write_every_kind
 from support.random_adapters import NEW_TOKENS, ids, tokenizer
@@ -17,6 +18,8 @@ from support.serving_bases import PROMPT, base_of, generated
 from support.tiny_models import VOCAB, tiny
 from veneer.adapter.own_rows import joined
 from veneer.errors import AdapterError, ContextExceeded, RequestError
+from veneer.formats.capture import capture
+from veneer.generate.runners.adapter_rows import shared_by_all
 from veneer.generate.runners.compiled import CompiledRunner
 from veneer.generate.runners.general import GeneralRunner
 from veneer.generate.runners.runner import Chunk
@@ -276,6 +279,15 @@ def test_what_can_be_mixed(homes):
             assert why in str(error)
         # Nobody's mix takes an adapter from those who ask for it alone.
         assert engine.library.names() == tuple(sorted(KINDS))
+
+
+def test_of_biases_those_of_linear_layers_differ_from_row_to_row():
+    model = tiny("gpt2")
+    layer = "transformer.h.0"
+    names = [f"{layer}.attn.c_attn.bias", f"{layer}.ln_1.bias", f"{layer}.mlp.c_proj.bias"]
+    saved = {name: model.get_parameter(name).detach() for name in names}
+    state = capture(veneer.attach(tiny("gpt2"), veneer.LoRA(rank=2, targets="attention")))
+    assert shared_by_all(model, replace(state, modules_to_save=saved)) == [names[1]]
 
 
 def test_a_token_of_a_row_that_ended_is_nothing_to_other_adapters(homes):
