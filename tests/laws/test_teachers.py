@@ -3,6 +3,7 @@ leave model and run as they were; a run goes on to the bit and shares passes wit
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -221,3 +222,17 @@ def test_packed_padded_and_one_by_one_are_as_far(teacher):
         results.append([losses.detach(), *gradients])
     for others in results[1:]:
         torch.testing.assert_close(others, results[0], rtol=1e-3, atol=1e-4)
+
+
+def test_what_a_teacher_gives_has_the_size_that_a_run_says(teacher, monkeypatch):
+    for count in (3, VOCAB + 9):
+        objective = Objective("distill", teacher=teacher, teacher_top_k=count)
+        settings = {"identity": {}, "tokens_per_batch": 30}
+        (criterion,) = teachers.distillation_over(objective, {"train": ROWS}, student(), **settings)
+        assert criterion.teacher.values.nbytes == teachers.bytes_of_teacher(
+            objective, [ROWS], VOCAB
+        )
+    monkeypatch.setattr(teachers.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
+    teachers.check_space_of_teacher(10**6)
+    with pytest.raises(ConfigError, match=r"needs up to 2 MB in .* a lower --teacher-top-k"):
+        teachers.check_space_of_teacher(2 * 10**6)

@@ -3,6 +3,7 @@ both are compared with."""
 
 import copy
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -123,15 +124,18 @@ def by_method(name: str, model: Any) -> Tensor:
     asked: Any = SimpleNamespace(
         beta=objective.strength,
         alpha=0.0,
+        cpo_alpha=objective.nll_weight if name == "cpo" else 0.0,
         label_smoothing=0.0,
         loss_type="simpo" if name == "simpo" else "sigmoid",
         simpo_gamma=objective.simpo_margin,
-        accelerator=SimpleNamespace(device=torch.device("cpu")),
+        aux_loss_enabled=False,
+        accelerator=SimpleNamespace(device=torch.device("cpu"), gather_for_metrics=lambda x: x),
+        concatenated_forward=lambda *_: (chosen, rejected, *torch.zeros(2, 1), nll),
     )
-    if name == "orpo":
-        return nll - ORPOTrainer.odds_ratio_loss(asked, chosen, rejected)[0].mean()
-    loss = CPOTrainer.cpo_loss(asked, chosen, rejected)[0].mean()
-    return loss + (objective.nll_weight * nll if name == "cpo" else 0)
+    kind = ORPOTrainer if name == "orpo" else CPOTrainer
+    asked.odds_ratio_loss = partial(ORPOTrainer.odds_ratio_loss, asked)
+    asked.cpo_loss = partial(CPOTrainer.cpo_loss, asked)
+    return kind.get_batch_loss_metrics(asked, model, {})[0]  # as it weighs the terms
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from veneer.training.planned_processes import plan_of_each
 from veneer.training.preflight import Preflight, bytes_on_disk, free_on_disk
 from veneer.training.recipe import Recipe
 from veneer.training.rows import RunRows
+from veneer.training.teacher import bytes_of_teacher, check_space_of_teacher
 
 
 def plan_before(
@@ -51,7 +52,14 @@ def plan_before(
     if plan.notice:
         yield Notice(plan.notice)
     if world.writes:
-        yield Space(bytes_on_disk(plan, recipe, device), free_on_disk(recipe.out))
+        needed = bytes_on_disk(plan, recipe, device)
+        if recipe.objective.teacher is not None:
+            splits, vocab = (rows.examples, rows.held_out), plan.sizes.vocab
+            given = bytes_of_teacher(recipe.objective, splits, vocab)
+            if not ignore_plan:
+                check_space_of_teacher(given)
+            needed["what the teacher gives"] = given
+        yield Space(needed, free_on_disk(recipe.out))
     return plan, sharded
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +27,7 @@ from veneer.data.columns import column_of, lengths_of
 from veneer.data.encode import Example
 from veneer.data.packing import pack
 from veneer.errors import AdapterError, ConfigError, joined
-from veneer.files import new_file
+from veneer.files import nearest_existing, new_file
 from veneer.formats import adapters
 from veneer.formats.install import install
 from veneer.formats.state import AdapterState
@@ -111,6 +112,24 @@ def check_alone(processes: int) -> None:
     """Raise ConfigError for several processes."""
     if processes > 1:
         raise ConfigError("distill trains in one process; leave out --processes.")
+
+
+def bytes_of_teacher(objective: Objective, splits: Iterable[Sequence[Example]], vocab: int) -> int:
+    """Return the size of the files with what a teacher gives the rows of each split."""
+    labels = sum(int(column_of(rows, "label_counts").sum(dtype=np.int64)) for rows in splits)
+    return labels * (8 * min(objective.teacher_top_k, vocab) + 4)
+
+
+def check_space_of_teacher(needed: int) -> None:
+    """Raise ConfigError where the disk of the encoded rows does not hold these files."""
+    free = shutil.disk_usage(nearest_existing(cache.home())).free
+    if needed > free:
+        raise ConfigError(
+            f"What the teacher gives these rows needs up to {needed / 1e6:,.0f} MB in "
+            f"{cache.home()}, but the disk has {free / 1e6:,.0f} MB. Take a lower --teacher-top-k, "
+            "name another place by the environment variable VENEER_CACHE, or go ahead by "
+            "--ignore-plan."
+        )
 
 
 def distillation_over(
