@@ -14,6 +14,7 @@
 # make proof-wheel  whether that wheel alone, in a clean environment, does what the demo shows
 # make proof-versions  whether the laws hold with the lowest versions of libraries, and on each Python here
 # make proof-arm  whether the native parts are right on arm64: cross-compiled, run in an emulator
+# make sbom      what an installation brings, with versions and licences (CycloneDX): dist/sbom.cdx.json
 # make hooks     let git run the checks before each commit
 # make demo      teach a real model something new, and show what it learnt
 # make bench     measurements beside peers
@@ -31,7 +32,7 @@ GPU := .venv-gpu/.ready
 SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help test check coverage test-all proof proof-vllm proof-ray proof-faults fuzz determinism proof-gpu docs wheel proof-wheel proof-versions proof-arm hooks demo bench clean
+.PHONY: help test check coverage test-all proof proof-vllm proof-ray proof-faults fuzz determinism proof-gpu docs wheel proof-wheel proof-versions proof-arm sbom hooks demo bench clean
 
 help:
 	@sed -n '/^# make/s/^# //p' Makefile
@@ -92,6 +93,14 @@ proof-versions:
 
 proof-arm: $(READY)
 	tools/proof_arm.sh
+
+SBOM ?= dist/sbom.cdx.json
+sbom:
+	rm -rf dist/sbom && $(PYTHON) -m venv dist/sbom/clean && $(PYTHON) -m venv dist/sbom/tool
+	dist/sbom/clean/bin/pip install --quiet .
+	dist/sbom/tool/bin/pip install --quiet cyclonedx-bom
+	dist/sbom/tool/bin/cyclonedx-py environment dist/sbom/clean/bin/python \
+	  --output-format JSON --output-file $(SBOM)
 
 hooks: $(READY)
 	$(BIN)/pre-commit install

@@ -28,10 +28,12 @@ PARTIAL, OLD = ".partial-", ".old-"
 RANDOM = 8  # characters that tempfile adds
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h and linux/fs.h
 # By which errors of torch, safetensors and numpy say what the system's error was.
-SIGNS_OF_FULL = re.compile(r"No space left on device|Disk quota exceeded|os error (28|122)\b")
+SIGNS_OF_FULL = re.compile(
+    r"No space left on device|Disk quota exceeded|os error (28|122)\b|database or disk is full"
+)
 SIGNS_OF_FAILURE = re.compile(
     r"Input/output error|os error 5\)|PytorchStreamWriter failed|unexpected pos|iostream error"
-    r"|\d requested and \d+ written"
+    r"|\d requested and \d+ written|disk I/O error"
 )
 
 
@@ -111,6 +113,16 @@ def _exchange(one: Path, other: Path) -> bool:
     except (AttributeError, OSError, TypeError):
         return False
     return rename(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0
+
+
+def rename(path: Path, name: Path) -> None:
+    """Give a file or directory another name, which is on the disk when this returns.
+
+    Raises StorageError where the disk fails.
+    """
+    with disk_errors(name):
+        path.rename(name)
+        _sync(name.parent)
 
 
 def remove_directory(path: Path) -> None:

@@ -12,7 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from support.faults import EXIT_CODES, POINTS, is_temporary, paths_below, run_on, wrong_words
+from support.faults import (
+    EXIT_CODES,
+    POINTS,
+    PROGRAM,
+    is_temporary,
+    paths_below,
+    run_on,
+    wrong_words,
+)
 from support.faulty_commands import RUN, commands
 from support.file_trees import tree
 
@@ -59,9 +67,12 @@ class Training:
     def __init__(self, inputs: Path, home: Path) -> None:
         self.command, self.place = commands(inputs)["tune"], home / "disk"
         with small_disk(self.place, ROOM) as disk:
-            done = run_on(self.place, self.command.arguments(self.place))
+            done = self._run(*self.command.arguments(self.place))
             assert done.returncode == DONE, done.stderr
             self.size, self.after = disk.used(), self.results()
+
+    def _run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return run_on(self.place, PROGRAM, *arguments)
 
     def results(self) -> list[dict[str, bytes]]:
         return [tree(self.place / name) for name in RUN]
@@ -72,13 +83,13 @@ class Training:
         again = self.command.again
         assert again is not None
         with small_disk(self.place, size) as disk:
-            done = run_on(self.place, [*self.command.arguments(self.place), "--ignore-plan"])
+            done = self._run(*self.command.arguments(self.place), "--ignore-plan")
             where = f"{size:,} bytes: {done.stderr}"
             assert wrong_words(done.returncode, done.stderr, self.place) is None, where
             had = any(self.place.glob("out/checkpoints/step-*"))
             if done.returncode != DONE:
                 disk.grow()
-                more = run_on(self.place, again(self.place))
+                more = self._run(*again(self.place))
                 assert more.returncode == DONE, f"{where}\nthen {more.stderr}"
             assert self.results() == self.after, where
             assert not [name for name in paths_below(self.place) if is_temporary(name)], where

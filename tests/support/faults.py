@@ -39,6 +39,7 @@ SUFFERS: dict[str, tuple[str, ...]] = {
 LAYOUT = struct.Struct("1024s1024s4q9q")  # `struct state` of faults_shim.c
 PROGRAM = "support.faulty_program"
 POINTS = "fault points"  # the name under which a test reports how many faults it let happen
+Units = dict[str, dict[str, bytes] | None]  # files of each result, None for none
 EXIT_CODES = (0, 2, 75)  # done all the same; to be mended; to be tried again
 
 
@@ -67,6 +68,9 @@ class Command:
     before: makes the disk what it is before the command
     marker: the file without which a directory of results is taken for none: such a directory is
         written piece by piece, and a second try goes on with it
+    program: the module that takes the arguments
+    look: reads what is left of a disk instead of files by their names: a mapping of what has a name
+        in results, and more that must be as it was undisturbed after a second try
     """
 
     name: str
@@ -75,6 +79,8 @@ class Command:
     before: Callable[[Path], None] = lambda disk: None
     again: Callable[[Path], list[str]] | None = None
     marker: str | None = None
+    program: str = PROGRAM
+    look: Callable[[Path], Units] | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +125,8 @@ class Case:
         below = str(self.disk.resolve()).encode()
         numbers = (KINDS.index(fault.kind), EFFECTS[fault.effect], fault.k, 0)
         self.state.write_bytes(LAYOUT.pack(below, b"", *numbers, *[0] * len(KINDS)))
-        done = run_on(self.disk, arguments, FAULTS_STATE=str(self.state))
+        command = [self.command.program, *arguments]
+        done = run_on(self.disk, *command, FAULTS_STATE=str(self.state))
         _, where, _, _, _, hits, *counts = LAYOUT.unpack(self.state.read_bytes())
         counted = dict(zip(KINDS, counts, strict=True))
         return Outcome(
@@ -200,8 +207,10 @@ class Case:
     def _strange_names(self, now: set[str]) -> list[str]:
         return sorted(name for name in now if name not in self.names and is_temporary(name))
 
-    def _units(self, disk: Path) -> dict[str, dict[str, bytes] | None]:
-        units: dict[str, dict[str, bytes] | None] = {}
+    def _units(self, disk: Path) -> Units:
+        if self.command.look is not None:
+            return self.command.look(disk)
+        units: Units = {}
         for name in self.command.results:
             path = disk / name
             files = (
@@ -213,14 +222,13 @@ class Case:
         return units
 
 
-def run_on(
-    disk: Path, arguments: list[str], **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """Run Veneer with all that it writes on a disk, temporary files and caches too."""
+def run_on(disk: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a module with arguments, and all that it writes on a disk: temporary files and caches
+    too."""
     own = {"VENEER_CACHE": str(disk / "cache"), "TMPDIR": str(disk)}
     own["PYTHONWARNINGS"] = "default::UserWarning"
     return subprocess.run(
-        [warm.executable(), "-m", PROGRAM, *arguments],
+        [warm.executable(), "-m", *command],
         capture_output=True,
         text=True,
         check=False,

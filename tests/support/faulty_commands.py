@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import veneer
-from support import warm
+from support import faulty_server, warm
 from support.faults import PROGRAM, Command
 from support.random_adapters import shake, tokenizer
 from support.tiny_models import tiny
@@ -75,6 +75,13 @@ def commands(home: Path) -> dict[str, Command]:
             tune("llama", "--force", "--seed", "1"),
             RUN,
             before=partial(_tuned, home),
+        ),
+        Command(
+            "serve: files and jobs",
+            to("runs", "OUT"),
+            faulty_server.KEPT,
+            program=faulty_server.__name__,
+            look=faulty_server.look,
         ),
     ]
     return {command.name: command for command in listed}

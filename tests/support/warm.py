@@ -28,6 +28,7 @@ from pathlib import Path
 from support import faults_shim
 
 PRELOADED = (
+    "support.faulty_server",
     "support.spoilt_files",
     "veneer.cli.app",
     "veneer.cli.console",

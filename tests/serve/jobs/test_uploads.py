@@ -1,5 +1,6 @@
 """Files that clients send: read beside the answers, within bounds, and never lost."""
 
+import errno
 import json
 from threading import Barrier, Thread
 
@@ -9,11 +10,12 @@ import pytest
 from support.file_trees import on_disk_before_it_is_renamed
 from support.jobs import ROWS, client_of, training, upload
 from support.server import AS_ADMIN, call
+from veneer import files
 from veneer.data.sources import read_rows
-from veneer.errors import QueueFull, RequestError
+from veneer.errors import QueueFull, RequestError, StorageError
 from veneer.serve.jobs import uploads
 from veneer.serve.jobs.store import Store
-from veneer.serve.jobs.values import Job, JobEvent
+from veneer.serve.jobs.values import Job, JobEvent, Places
 
 
 def test_a_large_file_of_one_value_is_read_elsewhere_with_its_places(tmp_path, monkeypatch):
@@ -93,4 +95,52 @@ def test_no_more_jobs_are_taken_than_may_wait(tmp_path):
         thread.join()
     assert sorted(taken) == [False] * 5 + [True] * 3
     assert len(store.jobs()) == 3
+    store.close()
+
+
+def test_what_was_coming_or_going_when_a_server_was_killed_is_whole_or_gone(tmp_path):
+    places = Places(tmp_path)
+    store = Store(places.database)
+    kept = uploads.keep_text(store, places, "a.csv", "1", "fine-tune-results")
+    path = places.file(kept)
+    unfinished = path.parent.with_name(f"{uploads.UNFINISHED}{kept.id}")
+    path.parent.rename(unfinished)  # the store knows it, and it has no name yet
+    uploads.settle_unfinished(store, places)
+    assert path.read_text() == "1"
+    path.parent.rename(unfinished)
+    store.remove_file(kept.id)
+    uploads.settle_unfinished(store, places)
+    assert list(places.files.iterdir()) == []
+    store.close()
+
+
+def test_a_full_disk_is_no_fault_of_the_request_and_nothing_stays(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with training(tmp_path / "runs") as server:
+        client = client_of(server)
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "_take_place", full)
+            with pytest.raises(openai.InternalServerError, match="the disk is full") as refused:
+                upload(client)
+        assert refused.value.status_code == 507
+        assert list((tmp_path / "runs" / "files").iterdir()) == []
+        assert client.files.list().data == []
+        assert upload(client).rows == len(ROWS)
+
+
+def test_a_store_on_a_full_disk_says_so_and_keeps_what_it_has(tmp_path):
+    places = Places(tmp_path)
+    store = Store(places.database)
+    (pages,) = store._connection.execute("PRAGMA page_count").fetchone()
+    store._connection.execute(f"PRAGMA max_page_count={pages}")
+
+    def fill() -> None:
+        for number in range(1000):
+            uploads.keep_text(store, places, f"{number}.csv", "1", "fine-tune-results")
+
+    with pytest.raises(StorageError, match=r"jobs\.sqlite cannot be written: the disk is full"):
+        fill()
+    assert len(store.files()) == len(list(places.files.iterdir())) > 0
     store.close()

@@ -19,6 +19,7 @@ from veneer.errors import (
     Missing,
     QueueFull,
     RequestError,
+    StorageError,
     UnknownModel,
     VeneerError,
     joined,
@@ -39,6 +40,7 @@ STATUSES: tuple[tuple[type[VeneerError], int, str | None], ...] = (
     (ContextExceeded, 400, "context_length_exceeded"),
     (Missing, 404, "not_found"),
     (QueueFull, 429, "queue_full"),
+    (StorageError, 507, "storage"),
     (VeneerError, 400, None),
 )
 

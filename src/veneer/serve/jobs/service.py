@@ -81,7 +81,7 @@ class Jobs:
         self.served = served
         self._lock = _held(self.places.lock, root)
         self.store = Store(self.places.database)
-        uploads.remove_unfinished(self.places)
+        uploads.settle_unfinished(self.store, self.places)
         self.publisher = Publisher(served, self.places)
         self.supervisor = Supervisor(
             self.store,
@@ -293,6 +293,10 @@ class Jobs:
 
     def _keep_results(self, job: Job) -> str:
         """Keep a run's losses as a file, as OpenAI's jobs have it, and return its name."""
+        name = f"{job.name}-metrics.csv"
+        for file in self.store.files():
+            if (file.filename, file.purpose) == (name, "fine-tune-results"):
+                return file.id  # kept by a server that was killed right after
         measured = self.losses(job)
         names = {"train_loss": "loss", "valid_loss": "eval_loss"}
         names |= {"valid_reward": "eval_reward"} | {name: name for name in OF_SAMPLES}
@@ -304,7 +308,6 @@ class Jobs:
             for line in measured
         ]
         text = "\n".join([*lines, ""])
-        name = f"{job.name}-metrics.csv"
         kept = uploads.keep_text(self.store, self.places, name, text, "fine-tune-results")
         return kept.id
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from threading import RLock
 from typing import Any
 
 from veneer.errors import VeneerError
+from veneer.files import disk_errors, storage_error
 from veneer.serve.jobs.values import UNENDED, Fault, Job, JobEvent, Status, StoredFile
 
 VERSION = 1
@@ -33,11 +35,12 @@ TABLES = """
 
 
 class Store:
-    """What outlives the server, below `path`. Each method is one transaction."""
+    """What outlives the server, in `path`. Each method is one transaction, and raises StorageError
+    where the disk is full or fails."""
 
     def __init__(self, path: Path) -> None:
         """Open the database, or make it. Raises VeneerError for a file that is none of ours."""
-        self._lock = RLock()
+        self.path, self._lock = path, RLock()
         try:
             self._connection = sqlite3.connect(path, check_same_thread=False)
             self._connection.execute("PRAGMA journal_mode=WAL")
@@ -48,6 +51,8 @@ class Store:
                     f"BEGIN; {TABLES} PRAGMA user_version={VERSION}; COMMIT;"
                 )
         except sqlite3.Error as error:
+            if explained := storage_error(error, path):
+                raise explained from error
             raise VeneerError(f"The jobs in {path} cannot be read: {error}.") from error
         if version > VERSION:
             raise VeneerError(f"{path} was written by a later version of Veneer.")
@@ -77,7 +82,7 @@ class Store:
 
     def add_job(self, job: Job, events: Sequence[JobEvent], *, most: int) -> bool:
         """Add a job, unless `most` jobs have not ended; return whether it was added."""
-        with self._lock, self._connection:
+        with self._transaction():
             if len(self.jobs(*UNENDED)) >= most:
                 return False
             self._connection.execute(
@@ -109,7 +114,7 @@ class Store:
 
         only: the statuses in which that may be; in any other nothing changes, and None is returned.
         """
-        with self._lock, self._connection:
+        with self._transaction():
             job = self.job(id)
             if job is None or (only is not None and job.status not in only):
                 return None
@@ -158,12 +163,17 @@ class Store:
             ],
         )
 
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with self._lock, disk_errors(self.path), self._connection:
+            yield
+
     def _read(self, query: str, *values: Any) -> list[Any]:
-        with self._lock:
+        with self._lock, disk_errors(self.path):
             return self._connection.execute(query, values).fetchall()
 
     def _write(self, query: str, *values: Any) -> None:
-        with self._lock, self._connection:
+        with self._transaction():
             self._connection.execute(query, values)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from threading import Event, Thread
 
+from veneer.errors import StorageError
 from veneer.files import write_json
 from veneer.serve.jobs.settings import sharing_of
 from veneer.serve.jobs.store import Store
@@ -80,7 +81,8 @@ class Supervisor:
                     self.asked.wait(1.0)
             except Exception as error:
                 log.exception("Training failed (%s).", waiting[0].id if waiting else "no job yet")
-                with suppress(sqlite3.Error):  # the disk may be full, and that the very error
+                # The disk may be full, and that the very error.
+                with suppress(sqlite3.Error, StorageError):
                     for job in waiting[:1]:
                         self._fail(job.id, Fault("server_error", f"The server failed: {error}"))
                 self.asked.wait(PAUSE_SECONDS)

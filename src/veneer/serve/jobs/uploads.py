@@ -9,8 +9,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from threading import BoundedSemaphore
@@ -22,7 +22,7 @@ from veneer.data.questions import parse_prompt
 from veneer.data.rows import Row, parse_row
 from veneer.data.sources import entries_of, no_rows_in, parsed_values, read_values
 from veneer.errors import MOST_PROBLEMS, DataError, QueueFull, RequestError, closest, listed
-from veneer.files import new_directory
+from veneer.files import new_directory, rename
 from veneer.serve.jobs.store import Store
 from veneer.serve.jobs.values import UNENDED, Kind, Places, Purpose, StoredFile, new_id
 
@@ -34,7 +34,8 @@ LARGE = 2**20
 AT_A_TIME = 2  # large files that are read; each takes a core and much memory
 READING_SECONDS = 300.0  # for one of them
 LEAST_MEMORY = 2**30  # bytes that reading may take, whatever is free
-UNFINISHED = "."  # begins the directory of a file that has not been taken in
+# Begins the name of a file's directory before the store knows the file, and when it is to go.
+UNFINISHED = "."
 # How a row of each kind is read.
 PARSERS: Mapping[Kind, Callable[[object], Any]] = {
     "answers": parse_row,
@@ -61,33 +62,50 @@ def keep(store: Store, places: Places, filename: str, source: BinaryIO) -> Store
     # No half characters: it goes into JSON.
     shown = filename[:255].encode(errors="replace").decode()
     file = StoredFile(new_id("file"), shown or DEFAULT_NAME, name, "fine-tune", 0, int(time.time()))
-    path = places.file(file)
-    try:
-        with new_directory(path.parent, marker=path.name) as directory:
-            coming = directory / path.name
-            with coming.open("wb") as target:
-                shutil.copyfileobj(source, target, 2**20)
-            is_large = coming.stat().st_size > LARGE
-            rows, kind = _elsewhere("check", coming) if is_large else check_rows(coming)
-        return _add(store, replace(file, rows=rows, kind=kind), path)
-    except BaseException:
-        shutil.rmtree(path.parent, ignore_errors=True)
-        raise
+    with _coming(places, file) as path:
+        with path.open("wb") as target:
+            shutil.copyfileobj(source, target, 2**20)
+        is_large = path.stat().st_size > LARGE
+        rows, kind = _elsewhere("check", path) if is_large else check_rows(path)
+    return _take_in(store, places, replace(file, rows=rows, kind=kind))
 
 
 def keep_text(store: Store, places: Places, name: str, text: str, purpose: Purpose) -> StoredFile:
     """Keep a text of ours as a file that clients can read."""
     file = StoredFile(new_id("file"), name, name, purpose, 0, int(time.time()))
-    path = places.file(file)
-    path.parent.mkdir(parents=True)
-    path.write_text(text, encoding="utf-8")
-    return _add(store, file, path)
+    with _coming(places, file) as path:
+        path.write_text(text, encoding="utf-8")
+    return _take_in(store, places, file)
 
 
-def _add(store: Store, file: StoredFile, path: Path) -> StoredFile:
-    sized = replace(file, bytes=path.stat().st_size)
-    store.add_file(sized)
-    return sized
+@contextmanager
+def _coming(places: Places, file: StoredFile) -> Iterator[Path]:
+    """Yield the path at which to write a file that the store does not know yet."""
+    with new_directory(_unfinished(places, file), marker=file.name) as directory:
+        yield directory / file.name
+
+
+def _unfinished(places: Places, file: StoredFile) -> Path:
+    return places.files / f"{UNFINISHED}{file.id}"
+
+
+def _take_in(store: Store, places: Places, file: StoredFile) -> StoredFile:
+    """Let the store know a file that has been written, and give it its name. Where that is broken
+    off in between, `settle_unfinished` does the rest."""
+    coming, path = _unfinished(places, file), places.file(file)
+    file = replace(file, bytes=(coming / file.name).stat().st_size)
+    try:
+        store.add_file(file)
+        try:
+            rename(coming, path.parent)
+        except BaseException:
+            store.remove_file(file.id)
+            raise
+    except BaseException:
+        shutil.rmtree(coming, ignore_errors=True)
+        shutil.rmtree(path.parent, ignore_errors=True)
+        raise
+    return file
 
 
 def remove(store: Store, places: Places, file: StoredFile) -> None:
@@ -101,8 +119,16 @@ def remove(store: Store, places: Places, file: StoredFile) -> None:
         raise RequestError(
             f"{file.id} is needed by {listed(users)}; cancel that first.", param="file_id"
         )
-    store.remove_file(file.id)
-    shutil.rmtree(places.file(file).parent, ignore_errors=True)
+    going, place = _unfinished(places, file), places.file(file).parent
+    with suppress(FileNotFoundError):  # somebody has removed it by hand
+        rename(place, going)
+    try:
+        store.remove_file(file.id)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            rename(going, place)
+        raise
+    shutil.rmtree(going, ignore_errors=True)
 
 
 def check_rows(path: Path) -> tuple[int, Kind]:
@@ -203,10 +229,15 @@ def _elsewhere(task: str, path: Path, *arguments: str) -> Any:
     return answer["result"]
 
 
-def remove_unfinished(places: Places) -> None:
-    """Remove what a server that was killed left of files that it had not taken in yet."""
+def settle_unfinished(store: Store, places: Places) -> None:
+    """Give files their names that the store knows, and remove what else was coming, or going, when
+    a server was killed."""
     for directory in places.files.glob(f"{UNFINISHED}*"):
-        shutil.rmtree(directory, ignore_errors=True)
+        file = store.file(directory.name.removeprefix(UNFINISHED))
+        if file is not None and not places.file(file).exists():
+            rename(directory, places.file(file).parent)
+        else:
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def without_directory(text: str, *paths: Path) -> str:
