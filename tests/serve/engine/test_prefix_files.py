@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 from threading import Event
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -94,7 +95,7 @@ def test_the_next_engine_answers_the_same_to_the_bit(runner, tmp_path, monkeypat
 
 
 def test_blocks_belong_to_one_base_and_one_way_to_compute(tmp_path, monkeypatch):
-    base = base_of()
+    base, kernels = base_of(), []
     first = identity_of_blocks(base, object(), 16)
     assert identity_of_blocks(base_of(), object(), 16) == first
     assert identity_of_blocks(base, object(), 32) != first
@@ -102,6 +103,13 @@ def test_blocks_belong_to_one_base_and_one_way_to_compute(tmp_path, monkeypatch)
     with monkeypatch.context() as patched:
         patched.setattr(identity, "version", lambda name: {"transformers": "6"}.get(name, "1"))
         assert "transformers 6" in identity_of_blocks(base, object(), 16)["versions"]
+    library = tmp_path / "decode-avx2.so"  # of two wheels of one version
+    for content in (b"one", b"two"):
+        library.write_bytes(content)
+        with monkeypatch.context() as patched:
+            patched.setattr(identity, "library_of", lambda _: (SimpleNamespace(_name=library), ""))
+            kernels.append(identity_of_blocks(base, object(), 16)["kernels"])
+    assert kernels[0] != kernels[1]
     base.model.model.layers[0].mlp.up_proj.weight.data[3, 5] += 1  # which no sample may see
     assert identity_of_blocks(base, object(), 16) != first
     veneer.write_model(base.model, base.tokenizer, tmp_path / "base")

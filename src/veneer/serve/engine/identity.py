@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from veneer.checksums import sum_of
 from veneer.errors import ModelError
 from veneer.formats.training import computed_in
 from veneer.generate.runners.runner import Runner
@@ -42,7 +43,7 @@ def identity_of_blocks(base: Base, runner: Runner, chunk: int) -> dict[str, str]
         "runner": type(runner).__name__,
         "tokens": str(chunk),
         "device": f"{device.type}, {processor}",
-        "kernels": "none" if library is None else Path(library._name).stem,
+        "kernels": "none" if library is None else sum_of(Path(library._name)),
         "versions": ", ".join(f"{name} {version(name)}" for name in COMPUTED_BY),
     }
 
