@@ -2,7 +2,7 @@
 
 import random
 
-from recipes.family import Family, Row, same_text, split
+from recipes.family import Family, Row, same_text
 
 TROUBLES = {
     "billing": (
@@ -30,22 +30,37 @@ TROUBLES = {
         "a piece of {thing} came loose",
     ),
 }
+UNSEEN = {  # wordings that training never shows
+    "billing": ("I paid {thing} and still got a reminder", "the sum for {thing} is too high"),
+    "delivery": (
+        "nobody has brought {thing} yet",
+        "{thing} was left with a neighbour I do not know",
+    ),
+    "return": ("I do not want {thing} any more", "please take {thing} back"),
+    "fault": ("{thing} stopped working", "there is a crack in {thing}"),
+}
 THINGS = ("the lamp", "my kettle", "the red chair", "our radio", "the clock", "my scale")
 OPENINGS = ("", "Hello, ", "Good morning. ", "Again: ", "It is urgent. ")
 SYSTEM = "Label the message: billing, delivery, return or fault."
 
 
-def rows() -> list[Row]:
-    made = [
+def rows(troubles: dict[str, tuple[str, ...]], openings: tuple[str, ...]) -> list[Row]:
+    return [
         Row(opening + text.format(thing=thing) + ".", label, SYSTEM)
-        for label, texts in TROUBLES.items()
+        for label, texts in troubles.items()
         for text in texts
         for thing in THINGS
-        for opening in OPENINGS
+        for opening in openings
     ]
-    random.Random(2).shuffle(made)
-    return made
 
 
-train, test = split(rows()[:300], tests=60)
-FAMILY = Family("classification", "one of four labels for a message", train, test, same_text, 8)
+shown = rows(TROUBLES, OPENINGS)
+random.Random(2).shuffle(shown)
+FAMILY = Family(
+    "classification",
+    "one of four labels for a message",
+    tuple(shown[:240]),
+    tuple(rows(UNSEEN, ("",))),
+    same_text,
+    8,
+)
