@@ -13,11 +13,17 @@ from support.runs import of
 from support.tiny_models import tiny
 from veneer.errors import ConfigError, TrainingError
 from veneer.formats.merged import write_model
+from veneer.generate.runners.compiled import CompiledRunner
 from veneer.objectives.config import Objective
 from veneer.objectives.policy_config import OnPolicy
+from veneer.plan.config import PlanConfig
+from veneer.plan.find import sizes_of
+from veneer.plan.methods import adapted_layers
+from veneer.plan.plan import make_plan, replanned
 from veneer.run_directory import RunDirectory
 from veneer.training import metric_names
 from veneer.training.events import DataReady, Planned, Stopped, Verdict
+from veneer.training.planned import with_rows
 from veneer.training.recipe import Recipe
 
 
@@ -106,3 +112,19 @@ def test_rewards_are_looked_at_before_the_base_is_loaded(recipe, monkeypatch):
         replace(recipe, on_policy=replace(recipe.on_policy, eval_answers=2))
     with pytest.raises(ConfigError, match="which jobs do not draw together"):
         list(veneer.tune_many({"a": recipe}))
+
+
+def test_keys_and_values_of_answers_are_planned_as_they_are_held(recipe):
+    model, longest = tiny("llama"), 300
+    policy = replace(recipe.on_policy, group_size=64, max_new_tokens=200)
+    training = veneer.TrainConfig(tokens_per_step=64)
+    recipe = replace(recipe, on_policy=policy, training=training)
+    sizes = sizes_of(model.config)
+    adapted = adapted_layers(sizes, veneer.LoRA())
+    plan = with_rows(make_plan(PlanConfig(dtype="float32"), sizes, adapted), recipe, longest)
+    row = CompiledRunner(model, 1, longest)._cache_for(0, longest)
+    held = 64 * (row.keys.nbytes + row.values.nbytes)
+    assert plan.memory.workspace.value == held
+    assert replanned(plan, plan.config).memory == plan.memory
+    answers = replace(recipe, objective=Objective(), on_policy=OnPolicy())
+    assert with_rows(plan, answers, longest).memory.workspace.value < held

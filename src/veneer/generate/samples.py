@@ -30,6 +30,11 @@ CHUNK = 256  # tokens of a prompt that are computed at once
 ROWS = 32  # that decode at a time, where a group is not larger
 
 
+def rows_drawn(count: int) -> int:
+    """Return how many answers are drawn at a time, where each prompt gets `count`."""
+    return max(1, ROWS // count) * count
+
+
 @dataclass(eq=False)
 class Sample:
     """An answer as it was drawn.

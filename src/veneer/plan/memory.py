@@ -73,12 +73,14 @@ def plan_memory(
     runtime: int = RUNTIME,
     masters: bool = True,
     on_card: bool = False,
+    drawn: int = 0,
 ) -> MemoryPlan:
     """Return the memory that training `trained` of a model needs.
 
     runtime: bytes that are resident before any model is. masters: whether weights of 16 bits that
     train have float32 ones, to which the steps are added (Micikevicius et al. 2018, section 3.1).
-    on_card: whether it is a GPU's memory.
+    on_card: whether it is a GPU's memory. drawn: tokens whose keys and values are held while
+    answers are drawn.
     """
     width, count = config.width, trained.count
     own = bool(trained.weights)  # they train in their own dtype; new parameters are float32
@@ -105,6 +107,15 @@ def plan_memory(
         lasting.append(holes(config, sizes, trained))
     activations = amount("activations", *lasting)
     passing = (card_workspace if on_card else workspace)(config, sizes, trained)
+    answers = Term.of(
+        *(drawn, "tokens", 2 * sum(block.kv for block in sizes.blocks), "numbers"),
+        *(width, "bytes"),
+        note="keys and values while answers are drawn",
+    )
+    if on_card:  # which holds them throughout
+        passing = amount("workspace", *passing.terms, answers)
+    elif answers.value > activations.value + passing.value:  # which are not there then
+        activations, passing = amount("activations"), amount("workspace", answers)
     if len(optimizer) > 1:
         stepping = Term.of(
             *(count, "parameters", FLOAT32, "bytes"),

@@ -19,7 +19,8 @@ from veneer.plan.sizes import Sizes
 @dataclass(frozen=True)
 class Plan:
     """Settings, and what follows from them for a model. `adapted`: the layers that would get
-    adapters, also for plans of other methods."""
+    adapters, also for plans of other methods. `drawn`: tokens whose keys and values are held while
+    answers are drawn."""
 
     config: PlanConfig
     sizes: Sizes
@@ -28,6 +29,7 @@ class Plan:
     memory: MemoryPlan
     runtime: int
     on_card: bool = False
+    drawn: int = 0
 
     @property
     def model(self) -> ModelDescription:
@@ -61,22 +63,28 @@ def make_plan(
     *,
     runtime: int | None = None,
     on_card: bool = False,
+    drawn: int = 0,
 ) -> Plan:
     """Return the plan of training a model as `config` says, on the processor or on a card.
 
-    runtime: bytes that are taken besides, the usual ones unless given. Raises ConfigError for a
-    method that does not suit the model.
+    runtime: bytes that are taken besides, the usual ones unless given. drawn: as the plan's.
+    Raises ConfigError for a method that does not suit the model.
     """
     trained = trained_by(config, sizes, adapted)
     if runtime is None:
         runtime = CARD_RUNTIME if on_card else RUNTIME
-    memory = plan_memory(config, sizes, trained, runtime=runtime, on_card=on_card)
-    return Plan(config, sizes, adapted, trained, memory, runtime, on_card)
+    memory = plan_memory(config, sizes, trained, runtime=runtime, on_card=on_card, drawn=drawn)
+    return Plan(config, sizes, adapted, trained, memory, runtime, on_card, drawn)
 
 
 def replanned(plan: Plan, config: PlanConfig) -> Plan:
     """Return the plan for the same model with other settings."""
-    return make_plan(config, plan.sizes, plan.adapted, runtime=plan.runtime, on_card=plan.on_card)
+    return make_plan(
+        *(config, plan.sizes, plan.adapted),
+        runtime=plan.runtime,
+        on_card=plan.on_card,
+        drawn=plan.drawn,
+    )
 
 
 def comparison(plan: Plan) -> list[tuple[str, Plan]]:

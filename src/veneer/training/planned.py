@@ -9,6 +9,8 @@ import torch
 from transformers import PretrainedConfig
 
 from veneer.errors import ConfigError
+from veneer.generate.runners.compiled import tokens_held
+from veneer.generate.samples import rows_drawn
 from veneer.machine import free_bytes
 from veneer.models.device import free_memory, has_memory_of_its_own, peak_memory
 from veneer.models.load import load_config
@@ -81,8 +83,17 @@ def with_rows(plan: Plan, recipe: Recipe, longest: int) -> Plan:
     """Return the plan with the tokens of a pass that were chosen for rows of up to `longest`."""
     tokens = recipe.training.batch_tokens
     config = replace(plan.config, tokens_per_batch=tokens, max_length=longest)
-    runtime = _runtime(plan.on_card)
-    return make_plan(config, plan.sizes, plan.adapted, runtime=runtime, on_card=plan.on_card)
+    drawn = 0
+    if recipe.objective.shape == "prompts":
+        policy = recipe.on_policy
+        rows = max(rows_drawn(policy.group_size), policy.eval_answers)
+        drawn = rows * tokens_held(longest)
+    return make_plan(
+        *(config, plan.sizes, plan.adapted),
+        runtime=_runtime(plan.on_card),
+        on_card=plan.on_card,
+        drawn=drawn,
+    )
 
 
 def _runtime(on_card: bool) -> int | None:

@@ -31,6 +31,14 @@ PROBE = 40  # tokens that are compared, more than one block of the compiled step
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
+def tokens_held(tokens: int) -> int:
+    """Return for how many tokens a row has memory that has as many as this."""
+    longer = FIRST_TOKENS
+    while longer < tokens:
+        longer *= 2
+    return longer
+
+
 @dataclass(frozen=True, eq=False)
 class KVBlock:
     """Keys (layers, heads, tokens / 16, head_dim, 16) and values (layers, heads, tokens, head_dim)
@@ -164,9 +172,7 @@ class CompiledRunner:
         length = 0 if old is None else old.values.shape[2]
         if old is not None and tokens <= length:
             return old
-        longer = max(2 * length, FIRST_TOKENS)
-        while longer < tokens:
-            longer *= 2
+        longer = tokens_held(tokens)
         shape, keys = self.table.shape, decode.KEYS
         outer = (shape.layers, shape.key_heads)
         new = KVBlock(

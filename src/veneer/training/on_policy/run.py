@@ -16,7 +16,7 @@ from veneer.data.encode import Example
 from veneer.data.packing import StepOrder
 from veneer.errors import ConfigError
 from veneer.fused.forward import Forward, choose_forward
-from veneer.generate.samples import ROWS, SampleDecoder
+from veneer.generate.samples import SampleDecoder, rows_drawn
 from veneer.kernels.heap import kept_heap
 from veneer.models.context import own_context
 from veneer.models.end_tokens import end_tokens
@@ -174,12 +174,11 @@ class OnPolicyRun(Run):
         model, config = self.model, self.on_policy
         asked = [*self.examples, *self.held_out]
         longest = max(len(example.tokens) for example in asked) + config.max_new_tokens
-        group = config.group_size
         decoder = SampleDecoder(
             model,
             {*end_tokens(model), self.tokenizer.eos_token_id} - {None},
             context=min(longest, context_of(model.config)),
-            rows=max(max(1, ROWS // group) * group, config.eval_answers),
+            rows=max(rows_drawn(config.group_size), config.eval_answers),
         )
         self.roller = Roller(
             *(decoder, self.tokenizer, self.prompts, self.rewards, config),
