@@ -7,6 +7,7 @@ from inspect import signature
 from pathlib import Path
 
 import pytest
+import yaml
 
 import veneer
 import veneer.cli.many
@@ -15,7 +16,14 @@ from veneer.cli.app import run
 from veneer.cli.response import axes_of, draw_response
 from veneer.training.events import Notice
 from veneer.training.search import auto
-from veneer.training.search.result import Cost, Searched, SearchResult, TrialEnded, TrialResult
+from veneer.training.search.result import (
+    Cost,
+    SearchBegun,
+    Searched,
+    SearchResult,
+    TrialEnded,
+    TrialResult,
+)
 
 TRIALS = [
     TrialResult(0, {"rank": 4, "lr": 3e-4, "targets": "all"}, "complete", {100: 1.5}, 9, 90, 9),
@@ -32,6 +40,7 @@ def asked(monkeypatch) -> dict:
 
     def search(recipe, over, config, **options):
         seen.update(recipe=recipe, over=over, config=config, options=options)
+        yield "", SearchBegun(4, 2)
         yield "001", TrialEnded(TRIALS[2], "its loss was not finite")
         yield "", Searched(seen.get("result", RESULT))
 
@@ -54,6 +63,7 @@ def test_the_settings_of_a_search_and_of_its_trials(asked, tmp_path, capsys):
     shown = " ".join(printed.out.split())
     assert "trial 1: its loss was not finite" in printed.err
     assert "0 4 0.0003 all 1.5000 9/9 complete" in shown
+    assert "pruned at 12 % (3 of 4)" in shown
     assert "1 4 0.002 qv 3.0000 2/9 pruned at 12 %" in shown
     assert "200 tokens in 10 s. To their ends one after another" in shown
     assert "in about 14 s at the 20 tokens/s" in shown
@@ -82,6 +92,21 @@ def test_the_picture_has_the_rate_along_the_axis_and_a_series_for_each_rank(tmp_
     no_losses = SearchResult("base", "rows", [TrialResult(0, {"lr": 1.0}, "failed")], RESULT.cost)
     with pytest.raises(veneer.VeneerError, match="no trial was measured"):
         draw_response(no_losses, Path(tmp_path / "response.png"))
+
+
+def test_trials_have_the_settings_of_a_recipe(asked, tmp_path, refused):
+    lora, training = veneer.LoRA(rank=3, targets="mlp"), veneer.TrainConfig(steps=7, lr=2e-3)
+    recipe = veneer.Recipe("owner/base", "rows.jsonl", lora=lora, training=training)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe.settings() | {"out": "runs/a"}))
+    assert run(["search", "--config", str(path), "--over", "lr=1e-4,1e-3", "--steps", "9"]) == 0
+    assert (asked["recipe"].model, str(asked["recipe"].data)) == ("owner/base", "rows.jsonl")
+    assert (asked["recipe"].lora.rank, asked["recipe"].training.steps) == (3, 9)
+    assert asked["recipe"].out == Path("dist/search")
+    path.write_text(yaml.safe_dump(recipe.settings() | {"shard": "base", "updates": 2}))
+    error = refused("search", "--config", str(path), "--over", "rank=1,2")
+    assert "Trials cannot have what" in error
+    assert "shard, updates" in error
 
 
 def test_auto_is_settled_before_the_run_and_all_else_is_the_commands(caught, monkeypatch, refused):

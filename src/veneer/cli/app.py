@@ -20,7 +20,7 @@ from rich.console import Console, ConsoleOptions
 from rich.text import Text
 
 from veneer.cli.console import ERRORS, is_at_terminal, show_error, warnings_as_notices
-from veneer.cli.recipes import from_recipe
+from veneer.cli.recipes import from_recipe, trials_from_recipe
 from veneer.cli.several_data import data_flags, joined_data
 from veneer.errors import ConfigError, VeneerError
 from veneer.files import storage_error
@@ -81,6 +81,7 @@ app.command(
     synonym=("sweep", "hpo"),
     help="Try settings of tune for MODEL on DATA, several at a time over one base: bad ones end "
     "early, and the best one's adapter and recipe stay.",
+    config=trials_from_recipe,
 )
 app.command(
     "veneer.cli.compare:compare",

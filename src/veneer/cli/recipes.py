@@ -11,7 +11,7 @@ from cyclopts.config import Dict
 from cyclopts.token import Token
 
 from veneer.cli.file_settings import SEARCHED, SHORT, as_flags
-from veneer.errors import ConfigError, nearest
+from veneer.errors import ConfigError, listed, nearest
 
 
 def from_recipe(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
@@ -45,6 +45,29 @@ def from_recipe(app: App, commands: tuple[str, ...], arguments: ArgumentCollecti
             continue
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def trials_from_recipe(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Fill in the settings of the recipe that --config names, for trials of that run, all but where
+    it went; cyclopts calls this before parsing.
+
+    Raises ConfigError where the recipe has what trials cannot have.
+    """
+    from veneer.training.recipe import Recipe
+
+    flags = {name: argument for argument in arguments for name in argument.names}
+    if not (tokens := flags["--config"].tokens):
+        return
+    path = Path(tokens[-1].value)
+    usual = as_flags(Recipe("base", "rows").settings())
+    own = {name.removeprefix("--").replace("-", "_") for name in flags} - {"config", "out"}
+    read = _read(path, own | {*usual})
+    settings = {key.replace("-", "_"): value for key, value in read.items()}
+    others = [key for key in settings.keys() - own - {"out"} if settings[key] != usual[key]]
+    if others:
+        raise ConfigError(f"Trials cannot have what {path} says of {listed(sorted(others))}.")
+    taken = {key: value for key, value in settings.items() if key in own}
+    Dict(taken, source=str(path), use_commands_as_keys=False)(app, commands, arguments)
 
 
 def _take_autos(flags: dict[str, Argument]) -> None:

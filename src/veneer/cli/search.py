@@ -88,6 +88,13 @@ def search(
     tokens_per_pass: Annotated[
         int, Parameter(help="Real tokens of a pass that several trials share, at most.")
     ] = TOKENS_PER_PASS,
+    config: Annotated[
+        Path | None,
+        Parameter(
+            help="Recipe of a run, whose settings trials have beside what varies; flags on this "
+            "line override it."
+        ),
+    ] = None,
     resume: Annotated[Switch, Parameter(help="Go on with the search in --out.")] = False,
     force: Annotated[Switch, Parameter(help="Replace an earlier search in --out.")] = False,
     ignore_plan: Annotated[

@@ -294,8 +294,9 @@ def started():
 OF_ANSWERS = {
     "extra_body": {"steps": 120, "save_every": 10, "rank": 2, "tokens_per_step": 100},
 }
+FEW = {"group_size": 2, "max_new_tokens": 3}
 OF_SAMPLES = {
-    "extra_body": {"steps": 60, "save_every": 2, "rank": 2, "max_new_tokens": 5, "lr": 0.01},
+    "extra_body": {"steps": 30, "save_every": 2, "rank": 2, "lr": 0.01, **FEW},
     "method": {"type": "reinforcement", "reinforcement": {"grader": GRADER}},
 }
 
