@@ -16,6 +16,7 @@ from veneer.run_directory import RunDirectory, checkpoint_steps
 from veneer.serve.jobs.log import End, read_on
 from veneer.serve.jobs.settings import TrainingBase, settings_of
 from veneer.serve.jobs.values import JobEvent, WorkerFiles
+from veneer.serve.jobs.watching import STOP_SECONDS
 from veneer.serve.jobs.worker import Asked, Together, Work, fault_of, work
 
 
@@ -337,6 +338,6 @@ def test_a_killed_server_goes_on_with_its_job(small, started, tmp_path, worker_t
     checkpoint = client.fine_tuning.jobs.checkpoints.list(job.id).data[0]
     assert checkpoint.step_number == steps
     server.terminate()
-    assert server.wait(60) == 0
+    assert server.wait(STOP_SECONDS + 60) == 0
     assert json.loads((run / "progress.json").read_text())["ended"] in ("finished", "diverged")
     assert weights(run) == tuned_again(run, tmp_path / "again")

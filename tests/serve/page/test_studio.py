@@ -13,6 +13,7 @@ from support.jobs import ROWS, lines, serving
 from support.random_adapters import logits, tokenizer
 from support.server import ADMIN
 from support.tiny_models import tiny
+from veneer.serve.jobs.watching import STOP_SECONDS
 
 pytestmark = [needs_chromium, pytest.mark.slow]
 PATIENCE = 400_000  # of what a process of its own does, on however busy a machine
@@ -26,7 +27,7 @@ def server(tmp_path):
     server = serving(tmp_path / "llama", tmp_path / "runs")
     yield server
     server.process.terminate()
-    assert server.process.wait(60) == 0
+    assert server.process.wait(STOP_SECONDS + 60) == 0  # a training may need the first for its step
 
 
 class Mouse:
