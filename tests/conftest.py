@@ -9,6 +9,8 @@ import pytest
 from filelock import FileLock
 from hypothesis import settings
 
+from support.thinned import thin
+
 # Importing torch and its like makes millions of objects and no garbage: looking for it takes a
 # quarter of the time. `pytest_collection_modifyitems` lets it begin.
 gc.disable()
@@ -56,10 +58,12 @@ def _few_pictures(request, monkeypatch):
         monkeypatch.setattr(tune, "draw_losses", lambda lines, path: path.touch())
 
 
-@pytest.hookimpl(trylast=True)
+@pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(items):
-    """Let the tests that share the trained model come first, so that one process makes it while
-    the others run something else."""
+    """Leave cases of thinned tables to the slow proofs, and let the tests that share the trained
+    model come first, so that one process makes it while the others run something else."""
+    thin(items)
+    yield
     gc.enable()
     gc.freeze()
     items.sort(key=lambda item: "minigpt_home" not in item.fixturenames)

@@ -52,6 +52,7 @@ each_method = pytest.mark.parametrize("method", METHODS)
     ],
     ids=lambda x: x if isinstance(x, str) else x.method + " by an MLP" * bool(x.prefix_mlp),
 )
+@pytest.mark.thinned(one_in=2)
 def test_only_the_virtual_tokens_train_and_detaching_leaves_no_trace(architecture, config):
     model = tiny(architecture)
     before, marks, looks = snapshot(model), fingerprint(model), repr(model)

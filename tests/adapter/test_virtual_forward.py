@@ -57,6 +57,7 @@ def test_fresh_virtual_tokens_act_as_the_tokens_that_they_start_from(architectur
 @pytest.mark.parametrize("options", [{}, {"position_ids": None}], ids=["positions", "none"])
 @each_method
 @each_model
+@pytest.mark.thinned
 def test_padding_is_not_seen(architecture, method, options):
     model = with_wide_window(new_model(architecture, method))
     long, short = ids(2, 11)[:1], ids(2, 7, seed=2)[:1]
@@ -73,6 +74,7 @@ def test_padding_is_not_seen(architecture, method, options):
 
 @each_method
 @each_model
+@pytest.mark.thinned
 def test_generation_with_a_cache_equals_recomputing_and_each_row_alone(architecture, method):
     model = with_wide_window(new_model(architecture, method))
     wide = exact(model)

@@ -154,6 +154,7 @@ def reference_ties(states, weights, density):
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (0.7, -0.3)], ids=str)
 @pytest.mark.parametrize("density", [0.2, 1.0])
 @pytest.mark.parametrize("case", ["same layers", "other layers", "embedding", "Conv1D", "starts"])
+@pytest.mark.thinned
 def test_ties_is_the_paper_s(case, density, weights):
     architecture, *configs = PAIRS[case]
     states = states_of(model_with(architecture, *configs))

@@ -135,6 +135,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, set[str]]]] =
 
 @pytest.mark.parametrize("runtime", PEFT_READERS)
 @pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.thinned
 def test_what_a_runtime_cannot_do_is_named(case, runtime, tmp_path):
     options, changes, names = REFUSED[case]
     place = edit(made(tmp_path / "a", **options), **changes)

@@ -86,6 +86,7 @@ def test_a_table_that_is_too_wide_is_several_with_no_number_broken(width, tables
 
 @pytest.mark.parametrize("width", [80, 100])
 @pytest.mark.parametrize("model", ["smollm2-135m", "qwen3-30b-a3b"])
+@pytest.mark.thinned
 def test_a_plan_fits_into_a_terminal(model, width, monkeypatch, capsys):
     screen = Console(width=width, file=io.StringIO())
     monkeypatch.setattr(plan_tables, "page", lambda wide: screen)

@@ -33,8 +33,9 @@ def try_all(case: Case, faults: list[Fault], record) -> None:
     assert not violations, f"{len(violations)} of {len(faults)} faults, such as\n{shown}"
 
 
-def test_a_command_under_a_few_faults(replacing, record_property):
-    try_all(replacing, [one_fault(replacing, *fault) for fault in A_FEW], record_property)
+@pytest.mark.parametrize("faults", [A_FEW[::3], pytest.param(A_FEW, marks=pytest.mark.slow)])
+def test_a_command_under_a_few_faults(faults, replacing, record_property):
+    try_all(replacing, [one_fault(replacing, *fault) for fault in faults], record_property)
 
 
 @pytest.mark.slow

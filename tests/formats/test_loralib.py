@@ -92,6 +92,7 @@ def opened(architecture: str, place: Path) -> Tensor:
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.thinned
 def test_what_we_write_loralib_reads(architecture, case, tmp_path):
     model = adapted(architecture, case)
     veneer.save(model, tmp_path / "loralib", format="loralib")

@@ -112,6 +112,7 @@ def test_both_have_the_same_base(architecture):
     ("architecture", "case"),
     [*product(("llama", "gpt2"), CASES), *product(ARCHITECTURES[1:-1], ("plain", "one of each"))],
 )
+@pytest.mark.thinned(one_in=2)
 def test_what_we_write_mlx_lm_reads(architecture, case, tmp_path):
     model = adapted(architecture, case)
     veneer.save(model, tmp_path / "mlx", format="mlx")
@@ -124,6 +125,7 @@ def test_what_we_write_mlx_lm_reads(architecture, case, tmp_path):
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("keys", ["few", "all", "paths"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.thinned
 def test_what_mlx_lm_writes_we_read(architecture, keys, dora, tmp_path):
     model = theirs(architecture)
     blocks = {"gpt2": "model.h", "gpt_neox": "model.h"}.get(architecture, "model.layers")

@@ -38,6 +38,7 @@ WRITTEN: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", WRITTEN)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.thinned
 def test_what_we_write_peft_reads(architecture, case, tmp_path):
     model = tiny(architecture)
     options = {"rank": 3} | WRITTEN[case]

@@ -89,6 +89,7 @@ def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("behind", BEHIND)
 @pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
+@pytest.mark.thinned
 def test_loss_and_gradients_are_the_models_own(kind, behind, packed, monkeypatch):
     monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", 5 * tiny_models.VOCAB)
     model = changed(shake(kind()), lambda logits, hidden: BEHIND[behind](logits))

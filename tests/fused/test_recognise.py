@@ -63,6 +63,7 @@ def why_not(model: nn.Module) -> str:
 
 @pytest.mark.parametrize("path", ["self_attn.q_proj", "self_attn", "mlp.act_fn", "input_layernorm"])
 @pytest.mark.parametrize("kind", HOOKS)
+@pytest.mark.thinned
 def test_hooks_of_others_are_called(kind, path):
     model, calls = adapted(), []
     chosen, _ = choose_forward(model, ROWS)

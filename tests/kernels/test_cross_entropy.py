@@ -50,6 +50,7 @@ LOGITS = {
 @pytest.mark.parametrize("chunk", [1, 3 * VOCAB, 10**6])
 @pytest.mark.parametrize("labelled", [0, 1, 8, 20])
 @pytest.mark.parametrize("kind", heads())
+@pytest.mark.thinned(pairs=True)
 def test_labelled_cross_entropy(kind, labelled, chunk, factor, behind, monkeypatch):
     logits = LOGITS[behind]
     monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", chunk)

@@ -74,6 +74,7 @@ def test_gain_kernels_equal_torch(rows, columns, bias, dtype, compiled, monkeypa
 @pytest.mark.parametrize("biased", [(True, True), (True, False), (False, False)])
 @pytest.mark.parametrize("rows", [1, 130, 700])
 @pytest.mark.parametrize("kind", get_args(Activation))
+@pytest.mark.thinned(pairs=True)
 def test_gains_within_a_gate_equal_both_apart(kind, rows, biased, dtype, compiled, monkeypatch):
     without_kernels(compiled, monkeypatch)
     torch.manual_seed(0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import veneer
-from support.kinds import Kind, each_kind
+from support.kinds import Kind, each_kind, in_share
 from support.random_adapters import base_tensors, examples, same, snapshot
 from support.tiny_models import tiny
 from veneer.models.fingerprint import base_parameters, fingerprint
@@ -39,7 +39,7 @@ def train(kind: Kind, model: Any) -> Iterator[Any]:
         yield None
 
 
-@each_kind()
+@each_kind(fast=in_share(2))
 def test_only_what_should_train_changes(kind):
     model = kind.attached()
     marks, before = fingerprint(model), snapshot(model)

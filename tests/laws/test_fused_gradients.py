@@ -20,6 +20,7 @@ EVERY = [
 
 @pytest.mark.parametrize("architecture", EVERY)
 @pytest.mark.parametrize("bits", [None, 4], ids=["lora", "dora, 4 bits"])
+@pytest.mark.thinned
 def test_gradients_of_every_architecture(architecture, bits):
     # DoRA is for layers, and no stacks of experts.
     targets = "attention" if bits and architecture in (*LATENT, *MIXTURES) else "all"
@@ -32,6 +33,7 @@ def test_gradients_of_every_architecture(architecture, bits):
 
 
 @pytest.mark.parametrize("architecture", EVERY)
+@pytest.mark.thinned(one_in=3)
 def test_gradients_in_float64(architecture):
     kind = SmallKind("small", architecture, lora={"targets": "all"})
     model = kind.shaken()
@@ -44,6 +46,7 @@ def test_gradients_in_float64(architecture):
 
 
 @pytest.mark.parametrize("architecture", EVERY)
+@pytest.mark.thinned(one_in=3, first=1)
 def test_layers_are_fused_in_16_bits(architecture):
     kind = SmallKind("small", architecture, lora={"targets": "all"})
     chosen, notices = choose_forward(kind.fresh(torch.bfloat16), ROWS)

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 from support.closeness import assert_gradients_no_further, assert_no_further
-from support.kinds import each_kind
+from support.kinds import each_kind, in_share
 from support.plain import plain_pair
 from support.random_adapters import ids, shake
 from support.tiny_models import tiny
@@ -82,6 +82,7 @@ MIXES = [{"a": 1.0}, {"a": 1.0, "b": 1.0, "c": 1.0}, {"a": 0.3, "b": -1.5}]
     ("weights", "bias"), [*((mix, True) for mix in MIXES), (MIXES[0], False)], ids=str
 )
 @pytest.mark.parametrize("base", ["linear", "conv1d", "nf4", "int8"])
+@pytest.mark.thinned
 def test_a_linear_layer_equals_plain_autograd(weights, base, bias):
     for dropout, shape in ((0.5, (3, IN)), (0.0, (2, 2, IN))):
         layer = lora_linear(weights, bias=bias, base=base, dropout=dropout).train()
@@ -175,7 +176,7 @@ def summed(logits: Tensor) -> Tensor:
     return logits.logsumexp(-1).sum() + logits[..., ::3].square().sum()
 
 
-@each_kind()
+@each_kind(fast=in_share(1))
 def test_gradients_of_a_whole_model(kind):
     model = kind.shaken()
     plain, exact = plain_pair(kind, model)

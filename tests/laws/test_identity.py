@@ -5,7 +5,7 @@ import torch
 
 import veneer
 from support.closeness import assert_no_further
-from support.kinds import KINDS, each_kind, is_first_of
+from support.kinds import KINDS, each_kind, in_share, is_first_of
 from support.plain import Plain
 from support.random_adapters import distance, same, shake, snapshot, targets_named
 from support.tiny_models import ARCHITECTURES, CAUSAL, tiny
@@ -26,7 +26,7 @@ def is_first_somehow(kind):
     return is_first_of(kind, "name", "bits") or is_first_of(kind, "architecture")
 
 
-@each_kind(lambda kind: kind.identity and is_first_somehow(kind))
+@each_kind(lambda kind: kind.identity and is_first_somehow(kind), fast=in_share(0))
 def test_logits_are_bit_equal(kind):
     for dtype in (torch.float32, torch.bfloat16):
         expected = kind.says(kind.base(dtype))
@@ -43,7 +43,8 @@ def test_logits_are_bit_equal(kind):
         and kind.reads_tokens
         and not kind.new_tokens
         and is_first_of(kind, "name")
-    )
+    ),
+    fast=in_share(2),
 )
 def test_beside_another_adapter(kind):
     model = shake(veneer.attach(kind.base(), veneer.LoRA(rank=2, targets="all"), name="other"))

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import veneer
 from support.closeness import assert_no_further
-from support.kinds import Kind, each_kind, is_first
+from support.kinds import Kind, each_kind, in_share, is_first
 from support.plain import plain_pair
 from support.random_adapters import (
     NEW_TOKENS,
@@ -32,7 +32,7 @@ from veneer.quant.weight import quantized_layers
 EPSILON = torch.finfo(torch.float32).eps
 
 
-@each_kind(lambda kind: kind.merges)
+@each_kind(lambda kind: kind.merges, fast=in_share(2))
 def test_merged_equals_unmerged(kind):
     model = kind.shaken()
     own, ours, in_use = base_tensors(model), kind.says(model), veneer.in_use(model)
@@ -68,7 +68,7 @@ def kind_weights(model: Any) -> list[torch.Tensor]:
     return [*model.parameters(), *model.veneer_active_adapters.replaced.values()]
 
 
-@each_kind(lambda kind: not kind.replaces_weights)
+@each_kind(lambda kind: not kind.replaces_weights, fast=in_share(0))
 def test_going_back(kind):
     model, base = kind.shaken(), kind.base()
     expected, own = kind.says(base), base_tensors(base)
@@ -128,7 +128,7 @@ def test_detaching_one_of_several():
 # A merged model from the disk.
 
 
-@each_kind(lambda kind: kind.merges and is_first(kind))
+@each_kind(lambda kind: kind.merges and is_first(kind), fast=in_share(1))
 def test_merged_models_from_the_disk(kind, tmp_path):
     merged = veneer.merge(kind.shaken())
     again = read_again(kind, merged, tmp_path / "m")

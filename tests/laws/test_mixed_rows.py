@@ -9,7 +9,7 @@ from torch import Tensor
 import veneer
 from support.closeness import assert_no_further
 from support.interpreted import DEVICE, needs_triton
-from support.kinds import Kind, each_kind
+from support.kinds import Kind, each_kind, in_share, is_typical
 from support.plain import Plain
 from support.random_adapters import distance, ids, shake
 from support.tiny_models import tiny
@@ -51,7 +51,7 @@ def exactly(kind: Kind, model: Any, tokens: Tensor) -> Tensor:
     return torch.cat(logits)
 
 
-@each_kind(lambda kind: kind.mixes_rows)
+@each_kind(lambda kind: kind.mixes_rows, fast=in_share(2))
 def test_rows_equal_separate_runs(kind, monkeypatch):
     model, tokens = beside_others(kind), ids(len(ROWS), 9)
     alone, exact = separately(model, tokens), exactly(kind, model, tokens)
@@ -66,7 +66,7 @@ def test_rows_equal_separate_runs(kind, monkeypatch):
 
 
 @needs_triton
-@each_kind(lambda kind: str(kind) in ("lora, qwen2", "dora, llama"))
+@each_kind(lambda kind: str(kind) in ("lora, qwen2", "dora, llama"), fast=is_typical)
 @torch.no_grad()
 def test_rows_find_their_own_factors(kind, monkeypatch):
     """As on a card, where one kernel follows the factors' addresses."""
@@ -80,7 +80,7 @@ def test_rows_find_their_own_factors(kind, monkeypatch):
     assert_no_further(together, stacked, exactly(kind, model, tokens))
 
 
-@each_kind(lambda kind: str(kind) in ("lora, qwen2", "dora, llama"))
+@each_kind(lambda kind: str(kind) in ("lora, qwen2", "dora, llama"), fast=is_typical)
 def test_rows_in_bf16(kind):
     model, tokens = beside_others(kind, torch.bfloat16), ids(len(ROWS), 9)
     alone = separately(model, tokens)
@@ -100,7 +100,10 @@ def test_the_base_alone_is_untouched():
     assert not torch.equal(together[1], alone[1])
 
 
-@each_kind(lambda kind: not kind.mixes_rows and not kind.replaces_weights and not kind.new_tokens)
+@each_kind(
+    lambda kind: not kind.mixes_rows and not kind.replaces_weights and not kind.new_tokens,
+    fast=in_share(0),
+)
 def test_what_acts_on_whole_batches_is_refused(kind):
     model = kind.attached()
     if kind.architecture == "mamba":

@@ -46,6 +46,7 @@ PAIRS = [
 
 @pytest.mark.parametrize("cases", PAIRS, ids=" and ".join)
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (0.5, -2.0)])
+@pytest.mark.thinned
 def test_a_mix_is_the_mix_of_the_changes(cases, weights, tmp_path):
     (kind, _), (other, _) = (CASES[case] for case in cases)
     assert kind == other

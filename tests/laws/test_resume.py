@@ -12,7 +12,7 @@ from torch import Tensor
 
 import veneer
 from support.interrupted import COURSE, COURSES, LENGTHS, ROWS, Run, steps_of
-from support.kinds import each_kind, has_own_tensors, is_first_of
+from support.kinds import each_kind, in_share, is_first_of
 from support.random_adapters import same, snapshot, trained_weights
 from support.tiny_models import tiny
 from veneer.formats import checkpoint as formats
@@ -77,8 +77,9 @@ def test_stopped_at_any_step(few, course, whole, tmp_path):
         assert_equal(run, whole[course])
 
 
-def assert_goes_on_after(kinds: Any, course: str, whole: Run, place: Path) -> None:
-    """Assert that a run goes on from the files that there are at any event of these kinds."""
+def assert_goes_on_after(kinds: Any, course: str, whole: Run, place: Path, *, every: int) -> None:
+    """Assert that a run goes on from the files that there are at events of these kinds, at any or
+    at one in so many."""
     copies: list[Path] = []
 
     def note(event: Event) -> bool:
@@ -90,7 +91,7 @@ def assert_goes_on_after(kinds: Any, course: str, whole: Run, place: Path) -> No
     run = Run(place / "run", COURSES[course])
     run.go(resume=False, leave=note)
     assert len(copies) == sum(isinstance(event, kinds) for event in whole.events) > 0
-    for copied in copies:
+    for copied in copies[::every]:
         rest = Run(copied, COURSES[course])
         rest.go(resume=True)
         assert_equal(rest, whole)
@@ -98,25 +99,23 @@ def assert_goes_on_after(kinds: Any, course: str, whole: Run, place: Path) -> No
 
 # Two courses are held below at any step, and that of "accumulation" saves as "constant".
 @pytest.mark.parametrize(
-    "course",
+    ("course", "every"),
     [
-        "constant",
-        *(
-            pytest.param(each, marks=pytest.mark.slow)
-            for each in ("accumulation", "patience", "seldom saved")
-        ),
+        ("constant", 3),
+        *(pytest.param(each, 1, marks=pytest.mark.slow) for each in COURSES),
     ],
 )
-def test_dead_after_any_checkpoint(course, whole, tmp_path):
-    assert_goes_on_after(Checkpointed, course, whole[course], tmp_path)
+def test_dead_after_any_checkpoint(course, every, whole, tmp_path):
+    assert_goes_on_after(Checkpointed, course, whole[course], tmp_path, every=every)
 
 
 # An evaluation leaves the same files wherever checkpoints are, so one course dies behind it too.
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("course", "kinds"), [("seldom saved", Step), ("patience", Step | Evaluated)], ids=str
 )
-def test_dead_after_any_step_or_evaluation(course, kinds, whole, tmp_path):
-    assert_goes_on_after(kinds, course, whole[course], tmp_path)
+def test_dead_after_any_step_or_evaluation(course, kinds, every, whole, tmp_path):
+    assert_goes_on_after(kinds, course, whole[course], tmp_path, every=every)
 
 
 @pytest.mark.parametrize("course", ["accumulation", "patience"])
@@ -149,7 +148,7 @@ def same_adapter(a: AdapterState, b: AdapterState) -> bool:
 
 @each_kind(
     lambda kind: kind.reads_tokens and is_first_of(kind, "name"),
-    fast=has_own_tensors,
+    fast=in_share(1),
 )
 def test_every_kind_goes_on(kind, tmp_path):
     """The process that goes on starts with other random numbers: all must come from the files."""
@@ -302,6 +301,7 @@ def all_layers(tmp_path_factory) -> tuple[dict[str, Tensor], Path]:
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full", "disk"])
+@pytest.mark.thinned(one_in=2, first=1)
 def test_resumed_with_less_memory(recompute, all_layers, tmp_path):
     """Layers as two functions, and what they compute again, change no bit either."""
     whole, died = all_layers

@@ -66,10 +66,11 @@ def llama_ids(post: Post, text: str) -> list[int]:
     return post("/tokenize", body)["tokens"]
 
 
-def test_ids_equal_those_of_llama_cpp_line_by_line(tokenizer, llama_cpp):
-    lines = mixed_lines(3000)
-    assert len(set(lines)) > 2900
-    assert sum(any(token in line for token in SPECIAL) for line in lines) > 300
+@pytest.mark.parametrize("count", [600, pytest.param(3000, marks=pytest.mark.slow)])
+def test_ids_equal_those_of_llama_cpp_line_by_line(count, tokenizer, llama_cpp):
+    lines = mixed_lines(count)
+    assert len(set(lines)) > 0.96 * count
+    assert sum(any(token in line for token in SPECIAL) for line in lines) > count / 10
     ours = tokenizer(lines, add_special_tokens=False)["input_ids"]
     differing = [
         (line, ids, theirs)
@@ -216,6 +217,7 @@ def rounded_by(model: PreTrainedModel, dense: PreTrainedModel, path: str) -> flo
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt2", "qwen2_moe", "qwen3_moe"])
 @pytest.mark.parametrize("kind", ["Q4_0", "Q5_1"])
+@pytest.mark.thinned
 def test_linear_layers_stay_in_the_file_s_blocks_with_the_dense_model_s_numbers(
     name, kind, tmp_path
 ):

@@ -32,6 +32,7 @@ preset = cache(find_sizes)
         ("gpt2-xl", {"method": "full"}),
     ],
 )
+@pytest.mark.thinned
 def test_the_proposal_fits_and_nothing_that_costs_less_does(name, settings, free):
     plan = plan_of(name, **settings)
     best = gentlest(plan, free * GB)

@@ -156,6 +156,7 @@ def planned_to_keep(name, *, full, recompute, dtype, targets, dropout=0.0, dora=
     ],
 )
 @pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.thinned(one_in=3)
 def test_two_functions_keep_what_is_planned(name, dora, recompute, dtype):
     run = {"full": False, "recompute": recompute, "dtype": dtype, "targets": "all", "dora": dora}
     assert all_fused(deeper_sizes(name), Trained(Amount("none", ())))
@@ -183,6 +184,7 @@ def test_a_mixture_beside_fused_attention_keeps_what_is_planned(targets, recompu
 @pytest.mark.parametrize(
     "name", [*sorted(set(ALL) - {"roberta"}), *MIXTURES, "falcon 40b's", "falcon rw's"]
 )
+@pytest.mark.thinned
 def test_autograd_keeps_about_what_is_planned(name, full, targets):
     run = {"full": full, "recompute": "none", "dtype": torch.bfloat16, "targets": targets}
     assert planned_to_keep(name, **run) == pytest.approx(really_kept(name, **run), rel=0.25)
@@ -209,6 +211,7 @@ def test_dropout_keeps_no_masks():
         *itertools.product(["minigpt", "llama-2-70b", "gpt2", "gpt-3"], ["none", "full"]),
     ],
 )
+@pytest.mark.thinned
 def test_formulas_are_what_they_say_and_sum_to_the_peak(name, method, recompute):
     memory = plan_of(name, method=method, recompute=recompute, runtime=1000).memory
     total = 0

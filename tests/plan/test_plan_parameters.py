@@ -81,6 +81,7 @@ def test_at_least_twelve_architectures_are_tried():
 
 
 @pytest.mark.parametrize("name", EVERY)
+@pytest.mark.thinned(one_in=3, first=2)
 def test_full_training_and_freezing_train_what_the_model_has(name, tmp_path):
     model = skeleton(name)
     assert planned(name, method="full") == numbers(model.parameters())
@@ -97,6 +98,7 @@ def test_full_training_and_freezing_train_what_the_model_has(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", EVERY)
+@pytest.mark.thinned(one_in=3, first=1)
 def test_lora_trains_what_veneer_attaches(name):
     for settings in LORAS:
         lora = LoRA(**settings)
@@ -126,6 +128,7 @@ def test_lora_and_dora_train_what_peft_trains(name):
 
 
 @pytest.mark.parametrize("name", [name for name in EVERY if name != "roberta"])
+@pytest.mark.thinned(one_in=3)
 def test_virtual_tokens_are_those_of_veneer_and_of_peft(name):
     known = MINIGPT if name == "minigpt" else {}
     counted = {

@@ -178,6 +178,7 @@ def assert_is_mean_loss(loss: float, model: Any, rows: Any) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 20, 10_000])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.thinned
 def test_evaluation_is_the_mean_over_label_tokens(architecture, tokens):
     rows = examples([11, 3, 16, 9, 2], learnt=0.3)
     model = shake(new_model(architecture, dropout=0.5)).train()

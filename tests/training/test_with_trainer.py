@@ -181,7 +181,9 @@ def test_what_trainer_writes_is_the_base_with_the_adapter_beside_it(architecture
     assert same(snapshot(read), snapshot(tiny(architecture)))
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mamba", "t5"])
+@pytest.mark.parametrize(
+    "architecture", ["llama", pytest.param("mamba", marks=pytest.mark.slow), "t5"]
+)
 def test_gradient_checkpointing_changes_nothing(architecture):
     theirs = trainer_losses(new_model(architecture, "all"), BATCHES)
     reference = trainer_losses(new_model(architecture, "all").double(), BATCHES)

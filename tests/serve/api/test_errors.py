@@ -111,6 +111,7 @@ def fail(*_, **__):
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("where", ["template", "step", "text", "end", "slot", "reply"])
+@pytest.mark.thinned
 def test_an_unexpected_error_reaches_the_log_and_the_server_goes_on(
     where, stream, good, monkeypatch, caplog
 ):

@@ -51,12 +51,18 @@ BASES: dict[str, Any] = {
 # Between them they have all that structures can be made of.
 VARIED = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3", "gpt2", "falcon", "cohere2")
 CASES = [
-    *((architecture, "float32") for architecture in OFTEN),
-    *((architecture, "nf4") for architecture in VARIED[::2]),
-    *((architecture, "int8") for architecture in VARIED[1::2]),
-    *(pytest.param(architecture, "nf4", marks=pytest.mark.slow) for architecture in VARIED[1::2]),
-    *(pytest.param(architecture, "int8", marks=pytest.mark.slow) for architecture in VARIED[::2]),
-    *((architecture, kind) for kind in ("bfloat16", "capped") for architecture in VARIED[:3]),
+    *((architecture, "float32") for architecture in VARIED),
+    *((VARIED[i], kind) for i, kind in enumerate(("nf4", "int8", "bfloat16", "capped"))),
+    *(
+        pytest.param(architecture, kind, marks=pytest.mark.slow)
+        for architecture, kind in [
+            *((each, "float32") for each in OFTEN if each not in VARIED),
+            *((each, "nf4") for each in VARIED[1:]),
+            *((each, "int8") for each in VARIED if each != VARIED[1]),
+            *((each, "bfloat16") for each in VARIED[:2]),
+            *((each, "capped") for each in VARIED[:3]),
+        ]
+    ),
 ]
 
 

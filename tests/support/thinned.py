@@ -1,0 +1,52 @@
+"""Which cases of a table every run of the tests takes; the whole of it is a slow proof.
+
+@pytest.mark.thinned                      each value of each parameter, at least once
+@pytest.mark.thinned(pairs=True)          each pair of values of two parameters, at least once
+@pytest.mark.thinned(one_in=3, first=1)   one case in so many, from the first one on
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+
+def thinned(cases: Sequence[Any], is_fast: Callable[[Any], bool]) -> list[Any]:
+    """Return the cases as parameters, slow where they are not fast."""
+    slow = pytest.mark.slow
+    return [pytest.param(case, marks=() if is_fast(case) else slow) for case in cases]
+
+
+def thin(items: Sequence[pytest.Item]) -> None:
+    """Mark the cases of tests that are `thinned` as slow, but for those that every run takes."""
+    tables: dict[str, list[Any]] = {}
+    for item in items:
+        if item.get_closest_marker("thinned") and not item.get_closest_marker("slow"):
+            tables.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for cases in tables.values():
+        taken = _taken(cases, **cases[0].get_closest_marker("thinned").kwargs)
+        for i, item in enumerate(cases):
+            if i not in taken:
+                item.add_marker(pytest.mark.slow)
+
+
+def _taken(
+    cases: Sequence[Any], *, pairs: bool = False, one_in: int = 0, first: int = 0
+) -> set[int]:
+    """Return the places of the cases that every run takes: of those that must cover something, each
+    time the one that has most that is new."""
+    if one_in:
+        return set(range(first, len(cases), one_in))
+    have = [
+        set(itertools.combinations(sorted(case.callspec.indices.items()), 1 + pairs))
+        for case in cases
+    ]
+    left, taken = set().union(*have), set()
+    while left:
+        best = max(range(len(cases)), key=lambda i: len(have[i] & left))
+        taken.add(best)
+        left -= have[best]
+    return taken
