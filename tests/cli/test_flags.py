@@ -226,26 +226,6 @@ def test_several_data_that_are_spelt_wrong_are_said(caught, tmp_path, capsys, mo
         assert says in " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.parametrize(("group", "name"), SETTINGS)
-def test_every_flag_arrives(caught, group, name):
-    given, expected = VALUES[group][name]
-    assert default(group, name) != expected
-    names = {"model": "m", "data": "d"}
-    positional = [value for key, value in names.items() if key != name]
-    if name in names:
-        positional = [f"--{key}={value}" for key, value in (names | {name: given}).items()]
-        assert run(["tune", *positional]) == 0
-    else:
-        beside = [argument for other in BESIDE.get(name, {}).items() for argument in flag(*other)]
-        assert run(["tune", *positional, *flag(name, given), *beside]) == 0
-    assert arrived(caught.recipe, group, name) == expected
-    # And nothing else changes, but what follows from it.
-    follows = {"model", "data", *BESIDE.get(name, ()), *FOLLOWS.get(name, ())}
-    for other_group, other in SETTINGS:
-        if other not in {name, *follows}:
-            assert arrived(caught.recipe, other_group, other) == default(other_group, other)
-
-
 # The settings whose arrival from a recipe is seen for many at once, below.
 IN_ONE = {
     name
@@ -254,18 +234,50 @@ IN_ONE = {
     for values in VALUES.values()
     if name in values and values[name][0] == given and name != "method"
 }
+# Those of which each run sees several on one command line; each alone is a slow proof.
+ALONE = {"model", "data", "eval_data", "eval_rows", "shard", "offload", *BESIDE}
+SEVERAL = [each for each in SETTINGS if each[1] in IN_ONE - ALONE]
+each_setting = pytest.mark.parametrize(
+    "settings",
+    [
+        *(SEVERAL[i::6] for i in range(6)),
+        *([each] for each in SETTINGS if each not in SEVERAL),
+        *(pytest.param([each], marks=pytest.mark.slow) for each in SEVERAL),
+    ],
+    ids=lambda settings: ", ".join(name for _, name in settings),
+)
 
 
-@pytest.mark.parametrize(("group", "name"), SETTINGS)
-def test_every_setting_of_a_recipe_arrives_and_a_flag_overrides_it(caught, tmp_path, group, name):
-    given, expected = VALUES[group][name]
-    settings = {"model": "m", "data": "d"} | BESIDE.get(name, {}) | {FLAGS.get(name, name): given}
-    recipe = write_recipe(tmp_path / "recipe.yaml", settings)
-    if name not in IN_ONE:
-        assert run(["tune", "--config", str(recipe)]) == 0
-        assert arrived(caught.recipe, group, name) == expected
+def beside(settings: list[tuple[str, str]]) -> dict[str, object]:
+    return {key: value for _, name in settings for key, value in BESIDE.get(name, {}).items()}
+
+
+@each_setting
+def test_every_flag_arrives(caught, settings):
+    values = {name: VALUES[group][name] for group, name in settings}
+    given = {name: value for name, (value, _) in values.items()}
+    names = {"model": "m", "data": "d"}
+    if given.keys() & names.keys():
+        arguments = [f"--{key}={value}" for key, value in (names | given).items()]
+    else:
+        flags = [word for each in (given | beside(settings)).items() for word in flag(*each)]
+        arguments = [*names.values(), *flags]
+    assert run(["tune", *arguments]) == 0
+    for group, name in settings:
+        assert arrived(caught.recipe, group, name) == values[name][1] != default(group, name)
+    # And nothing else changes, but what follows from it.
+    follows = {*names, *beside(settings), *(f for name in given for f in FOLLOWS.get(name, ()))}
+    for group, other in SETTINGS:
+        if other not in {*given, *follows}:
+            assert arrived(caught.recipe, group, other) == default(group, other)
+
+
+def overriding(group: str, name: str) -> tuple[list[str], object]:
+    """Return a flag that gives a setting another value than VALUES does, and that value."""
     usual = default(group, name)
-    overriding = {
+    if VALUES[group][name][1] is True:
+        return [f"--no-{name.replace('_', '-')}"], False
+    value = {
         "layers": "2:",
         "long_rows": "cut",
         "targets": "all",
@@ -284,20 +296,30 @@ def test_every_setting_of_a_recipe_arrives_and_a_flag_overrides_it(caught, tmp_p
         "model": "n",
         "data": "e",
     }.get(name, 1 if usual is None else usual)
-    if expected is True:
-        command = ["tune", "--config", str(recipe), f"--no-{name.replace('_', '-')}"]
-        overriding = False
-    else:
-        command = ["tune", "--config", str(recipe), *flag(name, overriding)]
-    assert run(command) == 0
-    overridden = arrived(caught.recipe, group, name)
-    if name == "targets":
-        overriding = ("all",)
-    elif isinstance(overridden, tuple):
-        overriding = (overriding,)
-    elif isinstance(overridden, Path):
-        overriding = Path(str(overriding))
-    assert overridden == overriding != expected
+    return flag(name, value), value
+
+
+@each_setting
+def test_every_setting_of_a_recipe_arrives_and_a_flag_overrides_it(caught, tmp_path, settings):
+    given = {FLAGS.get(name, name): VALUES[group][name][0] for group, name in settings}
+    whole = {"model": "m", "data": "d"} | beside(settings) | given
+    recipe = write_recipe(tmp_path / "recipe.yaml", whole)
+    if any(name not in IN_ONE for _, name in settings):
+        assert run(["tune", "--config", str(recipe)]) == 0
+        for group, name in settings:
+            assert arrived(caught.recipe, group, name) == VALUES[group][name][1]
+    flags = [word for each in settings for word in overriding(*each)[0]]
+    assert run(["tune", "--config", str(recipe), *flags]) == 0
+    for group, name in settings:
+        _, value = overriding(group, name)
+        overridden = arrived(caught.recipe, group, name)
+        if name == "targets":
+            value = ("all",)
+        elif isinstance(overridden, tuple):
+            value = (value,)
+        elif isinstance(overridden, Path):
+            value = Path(str(value))
+        assert overridden == value != VALUES[group][name][1]
 
 
 @pytest.mark.parametrize("name", SWITCHES)

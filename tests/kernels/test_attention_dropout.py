@@ -47,7 +47,7 @@ def expected(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("window", "softcap", "has_sinks"), KINDS)
-@pytest.mark.thinned
+@pytest.mark.thinned(pairs=True)
 def test_equals_plain_operations_with_the_same_masks(window, softcap, has_sinks, dtype):
     inputs = qkv(dtype)
     sinks = torch.randn(HEADS).to(dtype) if has_sinks else None

@@ -62,7 +62,7 @@ def transformers_own(attention: Attention, leaves: list[Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(("window", "softcap", "has_sinks", "value_dim"), KINDS)
-@pytest.mark.thinned
+@pytest.mark.thinned(pairs=True)
 def test_no_further_from_float64_than_transformers(
     window, softcap, has_sinks, value_dim, dtype, monkeypatch
 ):
@@ -106,7 +106,7 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("without_compiler", [False, True])
 @pytest.mark.parametrize(("window", "softcap", "has_sinks", "value_dim"), KINDS)
-@pytest.mark.thinned
+@pytest.mark.thinned(pairs=True)
 def test_memory_grows_with_the_length(
     window, softcap, has_sinks, value_dim, without_compiler, monkeypatch
 ):

@@ -40,10 +40,11 @@ def _taken(
     time the one that has most that is new."""
     if one_in:
         return set(range(first, len(cases), one_in))
-    have = [
-        set(itertools.combinations(sorted(case.callspec.indices.items()), 1 + pairs))
-        for case in cases
+    # A value is the same object in each case of a table.
+    values = [
+        sorted((name, id(value)) for name, value in case.callspec.params.items()) for case in cases
     ]
+    have = [set(itertools.combinations(each, 1 + pairs)) for each in values]
     left, taken = set().union(*have), set()
     while left:
         best = max(range(len(cases)), key=lambda i: len(have[i] & left))
