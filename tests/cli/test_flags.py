@@ -5,8 +5,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
-import yaml
 
+from support.written_recipes import write_recipe
 from veneer.adapter.config import LoRA
 from veneer.adapter.method import Method
 from veneer.cli.app import run
@@ -199,11 +199,6 @@ def together(method: str) -> dict[str, object]:
     return {FLAGS.get(n, n): value for n, value in everything.items() if n not in foreign}
 
 
-def write_recipe(path: Path, settings: dict[str, object]) -> Path:
-    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
-    return path
-
-
 def test_several_data_arrive_together_and_from_a_recipe(caught, tmp_path):
     several = ["a.jsonl:0.7", "b.parquet:0.3"]
     flags = [f"--data={several[0]}", "--data", several[1]]
@@ -376,45 +371,3 @@ def test_an_invocation_is_read_back_as_a_text_or_as_ids(caught, tmp_path, invoca
     path = write_recipe(tmp_path / "recipe.yaml", recipe.settings())
     assert run(["tune", "--config", str(path)]) == 0
     assert caught.recipe.lora.invocation == invocation
-
-
-@pytest.mark.parametrize(
-    ("short", "flags", "bits", "dora"),
-    [
-        ("qlora", [], 4, False),
-        ("qlora", ["--bits", "8"], 8, False),
-        ("qlora", ["--dora"], 4, True),
-        ("dora", [], None, True),
-        ("dora", ["--bits", "4"], 4, True),
-    ],
-)
-def test_qlora_and_dora_are_lora_with_their_settings(caught, tmp_path, short, flags, bits, dora):
-    spelt_out = {"method": "lora", "bits": bits, "dora": dora}
-    plain = write_recipe(tmp_path / "plain.yaml", Recipe("m", Path("d")).settings())
-    given = {"model": "m", "data": "d", "method": short}
-    given |= {"bits": bits} if "--bits" in flags else {}
-    given |= {"dora": dora} if "--dora" in flags else {}
-    for command in (
-        ["m", "d", "--method", short, *flags],
-        ["--config", str(plain), "--method", short, *flags],
-        ["--config", str(write_recipe(tmp_path / "short.yaml", given))],
-    ):
-        assert run(["tune", *command]) == 0
-        assert caught.recipe.settings() == Recipe("m", Path("d")).settings() | spelt_out
-
-
-def test_what_contradicts_a_short_method_is_refused(caught, tmp_path, refused):
-    error = refused("tune", "m", "d", "--method", "dora", "--no-dora")
-    assert "--method dora and --no-dora exclude each other" in error
-    assert "qlra" in refused("tune", "m", "d", "--method", "qlra")
-    recipe = write_recipe(tmp_path / "odd.yaml", {"model": "m", "data": "d", "method": ["dora"]})
-    assert "method" in refused("tune", "--config", recipe)
-    assert caught.recipe is None
-
-
-@pytest.mark.parametrize("command", ["tune", "compare", "quantize", "generate"])
-def test_a_preset_without_weights_is_no_base(command, caught, refused):
-    assert "shapes without weights" in refused(command, "qwen3-8b", "d")
-    near = refused(command, "qwen3-7b", "d")
-    assert "is no model here. Did you mean 'qwen3-8b' or 'qwen3-4b'? These are presets" in near
-    assert caught.recipe is None

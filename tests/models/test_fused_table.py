@@ -149,7 +149,7 @@ def table() -> tuple[str, list[str]]:
 @pytest.mark.parametrize(
     "model_type",
     [
-        pytest.param(name, marks=() if name in {*OFTEN, *ONCE_BROKEN} else pytest.mark.slow)
+        pytest.param(name, marks=() if name in {*OFTEN[::3], *ONCE_BROKEN} else pytest.mark.slow)
         for name in MODEL_TYPES
         if name not in NO_MODEL
     ],
