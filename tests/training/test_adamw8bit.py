@@ -4,12 +4,18 @@ import pytest
 import torch
 from bitsandbytes.optim import AdamW8bit
 from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig
 
+import veneer
+from veneer import LoRA, Method
 from veneer.errors import ConfigError
 from veneer.plan.config import PlanConfig
-from veneer.plan.memory import MOMENT
+from veneer.plan.find import sizes_of
+from veneer.plan.memory import LEAST, MOMENT
+from veneer.plan.methods import adapted_layers
+from veneer.plan.plan import make_plan
 from veneer.training import adamw8bit
-from veneer.training.adamw8bit import BLOCK, LEAST, check_optimizer
+from veneer.training.adamw8bit import BLOCK, check_optimizer
 from veneer.training.optimizer import FlatAdamW
 
 SHAPES = {"matrix": (64, 96), "odd": (71, 83), "small": (9,)}
@@ -93,6 +99,42 @@ def test_moments_take_the_bytes_that_are_planned():
     assert len(state["exp_avg_scales/w"]) == 8 * LEAST // BLOCK
     moments = sum(tensor.nbytes for name, tensor in state.items() if name != "step")
     assert moments == 2 * MOMENT["adamw8bit"] * 8 * LEAST
+
+
+WIDE = LlamaConfig(
+    **{"vocab_size": 96, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "num_key_value_heads": 1},
+)
+
+
+@pytest.mark.parametrize(
+    ("method", "what", "settings"),
+    [
+        ("lora", LoRA(rank=16, targets="all"), {}),
+        ("dora", LoRA(rank=16, targets="all", dora=True), {}),
+        ("prefix", Method("prefix", virtual_tokens=8), {"virtual_tokens": 8}),
+        (
+            "prefix",
+            Method("prefix", virtual_tokens=8, prefix_mlp=64),
+            {"virtual_tokens": 8, "prefix_mlp": 64},
+        ),
+        ("full", Method("full"), {}),
+        ("freeze", Method("freeze", trained_blocks=1), {"trained_blocks": 1}),
+    ],
+)
+def test_moments_of_small_weights_are_planned_in_32_bits(method, what, settings):
+    model = veneer.attach(AutoModelForCausalLM.from_config(WIDE).requires_grad_(False), what)
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    state = FlatAdamW(trained, lr=0.1, weight_decay=0.1, optimizer="adamw8bit").state()
+    moments = sum(tensor.nbytes for name, tensor in state.items() if name.startswith("exp_avg"))
+    config = PlanConfig(method=method, dtype="float32", optimizer="adamw8bit", **settings)
+    sizes = sizes_of(WIDE)
+    adapted = adapted_layers(sizes, what) if isinstance(what, LoRA) else ()
+    planned = make_plan(config, sizes, adapted).memory.optimizer
+    # A weight's last block has a scale, however short it is.
+    assert planned.value <= moments < planned.value + 2 * 4 * len(trained)
+    has_small = any(weight.numel() < LEAST for weight in trained.values())
+    assert has_small == ("fewer than 4,096" in planned.formula)
 
 
 @pytest.mark.parametrize(

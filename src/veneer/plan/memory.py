@@ -20,7 +20,9 @@ from veneer.plan.workspace import workspace
 # those (Dettmers et al. 2023, section 3).
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 # Bytes of a moment of AdamW: in float32; in 8 bits, with a float32 scale for each 256 of them
-# (training/adamw8bit.py, where small weights' are in float32 nevertheless).
+# (training/adamw8bit.py). Those of a weight with fewer numbers than LEAST are in float32
+# nevertheless, as bitsandbytes has it (optim/optimizer.py).
+LEAST = 4096
 MOMENT: dict[OptimizerName, float] = {"adamw": 4, "adamw8bit": 1 + 4 / 256}
 MOMENT["paged-adamw8bit"] = MOMENT["adamw8bit"]
 # Resident besides all that is planned, on Linux: 350 MB after importing Veneer, torch and
@@ -98,9 +100,9 @@ def plan_memory(
         weights, offloaded = [*order.gathered.terms, *order.whole.terms], order.own.terms
         mapped = list(offloaded) if config.offload == "disk" else []
     new = 0 if own else count + trained.beside
-    moment, note = MOMENT[config.optimizer], "AdamW" + " in 8 bits" * (config.optimizer != "adamw")
-    optimizer = [Term.of(2, "moments", count, "parameters", moment, "bytes", note=note)]
-    if own and masters and width < FLOAT32:
+    optimizer = _moments(config.optimizer, trained)
+    has_masters = own and masters and width < FLOAT32
+    if has_masters:
         optimizer.append(Term.of(count, "masters", FLOAT32, "bytes", note="float32"))
     lasting = kept(config, sizes, trained)
     if not on_card:  # whose memory is no heap
@@ -116,7 +118,7 @@ def plan_memory(
         passing = amount("workspace", *passing.terms, answers)
     elif answers.value > activations.value + passing.value:  # which are not there then
         activations, passing = amount("activations"), amount("workspace", answers)
-    if len(optimizer) > 1:
+    if has_masters:
         stepping = Term.of(
             *(count, "parameters", FLOAT32, "bytes"),
             note="gradients in float32 while the optimizer steps, when no activations are there",
@@ -142,6 +144,16 @@ def plan_memory(
         on_disk=amount("on disk, mapped", *mapped, *kept_on_disk(config, sizes, trained)),
         on_host=amount("in the host's memory", *(offloaded if config.offload == "cpu" else ())),
     )
+
+
+def _moments(optimizer: OptimizerName, trained: Trained) -> list[Term]:
+    small = sum(n for n in trained.each if n < LEAST) if optimizer != "adamw" else 0
+    how = (2, "moments", trained.count - small, "parameters", MOMENT[optimizer], "bytes")
+    terms = [Term.of(*how, note="AdamW" + " in 8 bits" * (optimizer != "adamw"))]
+    if small:
+        how = (2, "moments", small, "parameters", FLOAT32, "bytes")
+        terms.append(Term.of(*how, note=f"of weights with fewer than {LEAST:,} numbers"))
+    return terms
 
 
 def weight_terms(

@@ -35,6 +35,7 @@ class Trained:
     first_block: int = 0
     prefix: bool = False
     beside: int = 0
+    each: tuple[int, ...] = ()
 
     @property
     def count(self) -> int:
@@ -89,15 +90,22 @@ def trained_by(config: PlanConfig, sizes: Sizes, adapted: tuple[TargetLine, ...]
             check_parameters(replace(adapted[0].config, dora=True), layers)
         return _adapting(sizes, adapted, magnitudes=config.method == "dora")
     if config.method == "prefix":
-        return Trained(amount("prefix", *_prefix(config, sizes)), prefix=True)
+        terms = _prefix(config, sizes)
+        each = [term.value for term in terms]
+        if (width := config.prefix_mlp) is not None:  # whose two layers have biases
+            tokens, first, second = each
+            each = [tokens, first - width, width, second - (bias := second // (width + 1)), bias]
+        return Trained(amount("prefix", *terms), prefix=True, each=tuple(each))
     if config.method == "prompt":
         tokens, width = config.virtual_tokens, sizes.prompt_shape[1]
-        return Trained(amount("prompt", Term.of(tokens, "virtual tokens", width, "wide")))
+        term = Term.of(tokens, "virtual tokens", width, "wide")
+        return Trained(amount("prompt", term), each=(term.value,))
     if config.method == "freeze":
         return _freezing(config, sizes)
     description = sizes.description
     term = Term.of(description.parameters, "parameters")
-    return Trained(amount("all", term), description.layers)
+    every = tuple(weight.numel() for weight in description.model.parameters())
+    return Trained(amount("all", term), description.layers, each=every)
 
 
 def _freezing(config: PlanConfig, sizes: Sizes) -> Trained:
@@ -124,7 +132,8 @@ def _freezing(config: PlanConfig, sizes: Sizes) -> Trained:
     inside = {layer.path for block in sizes.blocks for layer in block.layers}
     below = [layer for layer in layers if layer.path not in inside and layer.kind == "embedding"]
     lowest = 0 if config.train_norms or below else first
-    return Trained(amount("blocks", *terms), layers, first_block=lowest)
+    every = tuple(trained.values())
+    return Trained(amount("blocks", *terms), layers, first_block=lowest, each=every)
 
 
 def _prefix(config: PlanConfig, sizes: Sizes) -> list[Term]:
@@ -154,7 +163,20 @@ def _adapting(sizes: Sizes, adapted: tuple[TargetLine, ...], *, magnitudes: bool
         terms.append(Term.of(total, "magnitudes", note="one for each output"))
     first = min(sizes.block_of(line.layer) for line in adapted)
     beside = sum(sum(x.factors) * (1 + x.has_start) - x.trained_factors for x in adapted)
-    return Trained(amount("adapters", *terms), adapted=adapted, first_block=first, beside=beside)
+    each = [n for x in adapted for n in _trained_weights(x)]
+    each += [x.out for x in adapted] if magnitudes else []
+    return Trained(
+        amount("adapters", *terms),
+        adapted=adapted,
+        first_block=first,
+        beside=beside,
+        each=tuple(each),
+    )
+
+
+def _trained_weights(line: TargetLine) -> tuple[int, ...]:
+    """Return the numbers of each factor that trains."""
+    return (line.trained_factors,) if line.config.lora_fa else line.factors
 
 
 def _factors(line: TargetLine) -> tuple[int, str]:

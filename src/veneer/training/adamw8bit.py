@@ -10,9 +10,7 @@ from veneer.errors import ConfigError
 from veneer.models.device import synchronize
 from veneer.plan.config import OptimizerName
 
-# Moments of a weight that share a scale, and the fewest numbers of a weight whose moments are in 8
-# bits: both are bitsandbytes' own (optim/optimizer.py).
-BLOCK, LEAST = 256, 4096
+BLOCK = 256  # moments of a weight that share a scale, as bitsandbytes has it (optim/optimizer.py)
 BETAS, EPS = (0.9, 0.999), 1e-8  # torch's defaults, which FlatAdamW has
 # Numbers of one call, a multiple of BLOCK: it counts them in 32 bits, and what they were is kept
 # meanwhile.

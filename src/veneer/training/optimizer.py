@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from veneer.kernels.transfer import OnTheWay
 from veneer.plan.config import OptimizerName
+from veneer.plan.memory import LEAST
 from veneer.processes.world import ALONE, World
-from veneer.training.adamw8bit import BLOCK, LEAST, Moments8bit
+from veneer.training.adamw8bit import BLOCK, Moments8bit
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # What weights of one buffer have in common: dtype, device, ratio of learning rates, optimizer.
