@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gpu.zoo_cases import SLOW_CASES
+from gpu.zoo_cases import IN_FLOAT16, SLOW_CASES
 
 pytestmark = pytest.mark.slow
 DOCS = Path(__file__).parents[2] / "docs"
@@ -31,6 +31,8 @@ MASKS = {
     f"{READS} masking_utils.py {name}"
     for name in ("_ignore_causal_mask_sdpa", "_ignore_bidirectional_mask_sdpa")
 }
+# In float16 torch's grouped products loop over the experts, and so do ours over their rows.
+ONE_BY_ONE = ("experts.py", "routing.py", "low_rank.py", "integrations/moe.py")
 
 
 def places(waits: list[str]) -> set[str]:
@@ -53,16 +55,22 @@ def test_only_known_places_wait(case, pretend):
         assert places(result["serving"]["waits"]) <= known | MASKS
         return
     assert result["answering"]["tokens"] == [2] * 3
+    if case in IN_FLOAT16:
+        waits = [*result["answering"]["waits"], *result["serving"]["waits"]]
+        assert waits
+        assert all(any(file in each for file in ONE_BY_ONE) for each in waits)
+        return
     for what in ("answering", "serving"):
         assert places(result[what]["waits"]) == known
 
 
 def test_as_many_models_are_in_slots_as_the_page_says(pretend):
-    results = [pretend("zoo_cases", case, "SLOW_CASES") for case in SLOW_CASES]
+    models = [case for case in SLOW_CASES if case not in IN_FLOAT16]
+    results = [pretend("zoo_cases", case, "SLOW_CASES") for case in models]
     served = [result for result in results if not result["refused"]]
     in_slots = [result for result in results if not result["not in slots"]]
     page = " ".join((DOCS / "gpu.md").read_text(encoding="utf-8").split())
     counted = re.search(r"of (\d+) models (\d+) are served .*?, (\d+) of these in slots", page)
     assert counted
-    out = [name for name, result in zip(SLOW_CASES, results, strict=True) if result["not in slots"]]
+    out = [name for name, result in zip(models, results, strict=True) if result["not in slots"]]
     assert [len(results), len(served), len(in_slots)] == [*map(int, counted.groups())], out

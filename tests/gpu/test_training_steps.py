@@ -11,11 +11,13 @@ BRIEF = ["Started", "Step", "Checkpointed", "Trained"]
 GOING_ON = ["Notice", "Started", "Step", "Evaluated", "Checkpointed", "Trained"]
 MATRIX = [name for name in CASES if name.startswith("llama, ")]
 # What waits nevertheless, by the kind and the way. Quantized experts are dequantized one by one for
-# the rows that each has, which a notice says. A prefix before windows asks if rows have padding
-# on their left, and the cache for it sends the window's length.
+# the rows that each has, and in float16 there is no grouped product, which notices say. A prefix
+# before windows asks if rows have padding on their left, and the cache for it sends the window's
+# length.
 WAITS = {
     "falcon": ("modeling_falcon.py",),  # whose own code takes heads by a list of indices
     "nf4": ("lowrank/routing.py",),
+    "float16": ("lowrank/routing.py",),
     "prefix, padded": ("adapter/virtual_forward.py", "cache_utils.py"),
 }
 # What waits in transformers' own code for models which fewer people tune: all of it, so that one

@@ -238,3 +238,9 @@ SLOW_CASES |= {
     f"{each}, lora, packed": partial(run, each, "lora", "packed", dtype=torch.float32)
     for each in _FLOAT32
 }
+# In float16, in which no card has a grouped product for experts.
+MIXTURES = ("mixtral", "qwen2_moe", "gpt_oss")
+SLOW_CASES |= {
+    f"{each}, lora, packed, float16": partial(run, each, "lora", "packed", dtype=torch.float16)
+    for each in MIXTURES
+}

@@ -12,7 +12,7 @@ import torch
 
 import veneer
 from gpu.decoding_cases import _on_card, _ones
-from gpu.training_cases import _ALL, _FLOAT32, base
+from gpu.training_cases import _ALL, _FLOAT32, MIXTURES, base
 from support.fake_card import Watch, card, on_card
 from support.random_adapters import shake
 from veneer.adapter.layers import lora_layers
@@ -26,6 +26,7 @@ from veneer.generate.sampling import Sampling
 from veneer.generate.slots import NotInSlots, SlotModel
 from veneer.kernels.graphs import Graphs
 from veneer.kernels.transfer import OnTheWay
+from veneer.lowrank.routing import Routing
 
 CONTEXT, SLOTS = 64, 3
 # Its code reads the weight of its router, in which rows have no adapters of their own.
@@ -74,6 +75,12 @@ def why_not_in_slots(model: Any) -> str:
     return ""
 
 
+def segments(routing: Routing) -> list[tuple[int, slice]]:
+    """Ask for each expert's rows, and give all to the first: what is read says nothing."""
+    routing.ends.tolist()
+    return [(0, slice(0, len(routing.order)))]
+
+
 def case(architecture: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
     """Return what waits where; and why nothing is decoded in slots, or served at all."""
     with warnings.catch_warnings(action="ignore"):
@@ -93,6 +100,7 @@ def case(architecture: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, An
         card() as watch,
         mock.patch.object(SlotModel, "_prove"),
         mock.patch.object(GeneralRunner, "_prove"),
+        mock.patch.object(Routing, "segments", property(segments)),
     ):
         copied = on_card(model)
         if not refused:
@@ -118,3 +126,6 @@ MODELS = [*dict.fromkeys(architecture for architecture, _, _ in _ALL)]
 CASES: dict[str, Callable[[], Any]] = {}
 SLOW_CASES: dict[str, Callable[[], Any]] = {each: partial(case, each) for each in MODELS}
 SLOW_CASES |= {each: partial(case, each, torch.float32) for each in _FLOAT32}
+# In float16, of which no card has grouped products.
+IN_FLOAT16 = {f"{each}, float16": partial(case, each, torch.float16) for each in MIXTURES}
+SLOW_CASES |= IN_FLOAT16

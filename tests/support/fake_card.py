@@ -171,6 +171,12 @@ class Watch(TorchDispatchMode):
         if func is aten.nonzero.default:
             self._note(name)
             return args[0].new_empty((args[0].numel(), args[0].ndim), dtype=torch.long)
+        if func is aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
+            # It loops over the experts, whose sizes it reads (GroupedBlas.cpp); what computes its
+            # shape takes nothing but bf16.
+            self._note(name)
+            x, weight, *others = args
+            return func(x.bfloat16(), weight.bfloat16(), *others, **kwargs).to(x.dtype)
         if func in (aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default):
             return self._index(func, args, kwargs)
         if func in (aten._to_copy.default, aten.copy_.default):
