@@ -2,7 +2,7 @@
 # make check     format, lint, types, import contracts, and the coverage that was measured last
 # make coverage  the tests once more slowly, to measure which lines they run
 # make test-all  the tests and the slow proofs
-# make proof     faults of the disk, kills, and whether runs repeat: what proves that nothing is lost
+# make proof     faults of the disk, kills, flipped bits, and whether runs repeat: that nothing is lost
 # make proof-vllm  whether vLLM reads and answers as Veneer does; installs it (6 GB) in .venv-vllm
 # make proof-ray  whether Ray Train's workers train as one process does; installs Ray in .venv-ray
 # make proof-faults  whether each call of the disk may fail, and each command be killed at any
@@ -65,7 +65,7 @@ proof-ray: $(READY) $(RAY)
 	$(BIN)/pytest -n 0 -m ray -v
 
 proof-faults: $(READY)
-	$(BIN)/pytest -m "slow or not slow" tests/faults
+	$(BIN)/pytest -m "slow or not slow" tests/faults tests/training/test_bit_flips.py
 
 SECONDS ?= 60
 fuzz: $(READY)
