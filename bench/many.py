@@ -8,9 +8,9 @@ of steps. What is timed begins with the first step and ends with the last, of ea
 runs in a process of its own, one after another, as often as --rounds says. The processor's time is
 given beside the clock's, for where others compute too.
 
---mapped: so many layers of a 13B model's shape, random and in NF4, in files that are written to
---place and deleted; each way has a third of their size as its memory, page cache and all (root on
-Linux, for a control group).
+--mapped: so many layers of a 13B model's shape, of 40, random and in NF4, in files that are written
+to --place and deleted; each way has a third of their size as its memory, page cache and all (root
+on Linux, for a control group). Fewer layers than all have beside it what Python and torch take.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ from veneer.training.memory import begin_measuring, process_memory
 WAYS = ("together", "one after another", "peft")
 RANKS = (4, 8, 16, 32, 64, 8, 16, 4)
 LR = 2e-4
+WHOLE = 40  # layers of a 13B model
+PROGRAM = 700_000_000  # bytes of Python and torch, more than a third of a few layers
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -220,8 +222,10 @@ def main() -> None:
         if asked.mapped:
             stack.callback(shutil.rmtree, asked.place, ignore_errors=True)
             size = write_mapped(asked.place, asked.mapped)
-            what = f"{asked.mapped} layers of a 13B shape in NF4, {size / 3e9:.2f} GB of memory"
-            enter, _ = stack.enter_context(limited(size // 3))
+            limit = size // 3 + (PROGRAM if asked.mapped < WHOLE else 0)
+            what = f"{asked.mapped} layers of a 13B shape in NF4 ({size / 1e9:.2f} GB) in at most "
+            what += f"{limit / 1e9:.2f} GB"
+            enter, _ = stack.enter_context(limited(limit))
         for _ in range(asked.rounds):
             for way in asked.ways.split(","):
                 if asked.mapped:
