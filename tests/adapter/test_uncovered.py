@@ -48,7 +48,7 @@ def test_the_share_is_of_the_adapted_blocks():
     share = block.mlp.gate.weight.numel() / sum(w.numel() for w in block.parameters())
     text = uncovered(model, veneer.LoRA(targets="all", layers="1"))
     assert text is not None
-    assert f" {share:.1%} " in text
+    assert f" {share:.2%} " in text
 
 
 def test_a_router_that_is_named_is_covered():

@@ -11,6 +11,7 @@ from support.screen import Screen
 from support.tuned_facts import metrics
 from veneer.cli import console, plan_tables
 from veneer.cli.console import PAUSE, Pace, Terminal
+from veneer.cli.events import events_on_stdout
 from veneer.plan.config import PlanConfig
 
 
@@ -120,6 +121,16 @@ def test_as_json_every_line_is_an_event_and_the_words_are_elsewhere(tune, tmp_pa
     assert str(out / "lora_adapter") in written
     assert "Verdict" in printed.err
     assert console.OUTPUT.stderr is False
+
+
+def test_as_json_a_wide_table_is_among_the_words(capsys):
+    table = console.new_table("job", "steps")
+    table.add_row("small", "3/3")
+    with events_on_stdout(True):
+        console.print_wide(table)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "small" in printed.err
 
 
 def test_json_has_no_number_that_json_lacks():

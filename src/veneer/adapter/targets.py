@@ -23,6 +23,7 @@ from veneer.errors import (
     joined,
     listed,
     nearest,
+    share_text,
     shortened,
 )
 from veneer.models.description import Layer, ModelDescription, describe
@@ -138,8 +139,8 @@ def uncovered(model: nn.Module, config: LoRA) -> str | None:
     share = sum(x.parameters for x in missing) / sum(x.parameters for x in in_blocks)
     names = sorted({layer.inner_path for layer in missing})
     return (
-        f"Of the adapted blocks' weights, {share:.1%} are neither linear layers, embeddings nor "
-        f"experts and stay as they are: {', '.join(names)}."
+        f"Of the adapted blocks' weights, {share_text(share)} are neither linear layers, "
+        f"embeddings nor experts and stay as they are: {', '.join(names)}."
     )
 
 

@@ -182,14 +182,15 @@ def new_table(first: str, *others: str, **options: Any) -> Table:
 def print_wide(table: Table) -> None:
     """Print a table that needs more columns than a pipe is taken to have. In a terminal without
     room for it, it is several tables with the same names, so that no number is broken."""
-    output = OUTPUT if OUTPUT.is_terminal else Console(highlight=False, width=WIDTH)
+    output = OUTPUT if OUTPUT.is_terminal else page(WIDTH)
     for piece in _in_pieces(table, output):
         output.print(piece)
 
 
 def page(width: int) -> Console:
     """Return a console of `width` columns, or of the terminal's where that has fewer."""
-    return Console(highlight=False, width=min(width, OUTPUT.width) if OUTPUT.is_terminal else width)
+    columns = min(width, OUTPUT.width) if OUTPUT.is_terminal else width
+    return Console(highlight=False, width=columns, stderr=OUTPUT.stderr, quiet=OUTPUT.quiet)
 
 
 def print_narrow(table: Table, *spare: str, on: Console) -> None:
