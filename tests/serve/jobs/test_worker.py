@@ -297,7 +297,7 @@ OF_ANSWERS = {
 }
 FEW = {"group_size": 2, "max_new_tokens": 3}
 OF_SAMPLES = {
-    "extra_body": {"steps": 30, "save_every": 2, "rank": 2, "lr": 0.01, **FEW},
+    "extra_body": {"steps": 30, "save_every": 2, "rank": 2, "lr": 1e-4, **FEW},
     "method": {"type": "reinforcement", "reinforcement": {"grader": GRADER}},
 }
 
