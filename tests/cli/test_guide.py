@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from support.warm import executable
+from veneer.cli import guide
 from veneer.cli.app import run
-from veneer.cli.guide import TEMPLATE, _free, _rows
+from veneer.cli.guide import TEMPLATE, _edited, _free, _rows
 from veneer.errors import DataError
 
 PAGE = Path(__file__).parents[2] / "docs" / "guided-start.md"
@@ -44,12 +45,27 @@ def test_questions_and_answers_become_rows():
         ("Q: a\nQ: b\nA: c\nA: d\n", ["line 2: the question before", "line 4: it begins"]),
         ("Q: a\n", ["the last question has no answer"]),
         ("hello\n", ["line 1: it begins"]),
+        ("Q:\nA: b\nQ: c\nA:\n", ["the question of row 1 is empty", "the answer of row 2"]),
     ],
 )
 def test_all_lines_at_fault_are_named(text, says):
     with pytest.raises(DataError) as error:
         _rows(text)
     assert all(words in str(error.value) for words in says)
+
+
+def test_what_an_editor_saves_in_another_encoding_is_named(monkeypatch):
+    saves = r"""sh -c 'printf "\357\273\277Q: a\nA: gr\374n\n" > "$1"' sh"""
+    monkeypatch.setenv("VISUAL", saves)
+    with pytest.raises(DataError, match="rows: line 2: not in UTF-8"):
+        _rows(_edited(TEMPLATE))
+
+
+def test_a_digit_that_is_no_number_is_no_base(monkeypatch, capsys):
+    monkeypatch.setattr(guide, "_candidates", lambda: iter([("tiny", "1", "1 MB", "yes", "here")]))
+    monkeypatch.setattr(guide, "_asked", lambda _, answers=iter("²1"): next(answers))
+    assert guide._base() == "tiny"
+    assert "no model here" in capsys.readouterr().err
 
 
 def test_nothing_that_is_there_is_replaced(tmp_path):

@@ -34,6 +34,8 @@ DOWNLOADS = {
     "Qwen/Qwen3-8B": "qwen3-8b",
 }
 QUESTION, ANSWER = "Q:", "A:"
+CALLED = {"prompt": "question", "completion": "answer"}
+NOT_UTF8 = "\N{REPLACEMENT CHARACTER}"  # which stands for what is read in no other way
 TEMPLATE = """\
 # Questions, and the answers that the model is to learn. Change them, add more,
 # save, and leave the editor. Lines that begin with # are left out.
@@ -97,7 +99,7 @@ def _base() -> str:
     OUTPUT.print(table)
     while True:
         answer = _asked("Number, or a directory, .gguf file or hub name [1]: ") or "1"
-        if answer.isdigit() and 0 < int(answer) <= len(names):
+        if answer.isdecimal() and 0 < int(answer) <= len(names):
             return names[int(answer) - 1]
         from veneer.cli.flags import refuse_preset
         from veneer.models.locate import locate
@@ -182,7 +184,7 @@ def _edited(text: str) -> str:
             raise VeneerError(
                 f"The editor {shlex.join(editor)} failed ({error}); set $EDITOR to another one."
             ) from error
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig", errors="replace")
 
 
 def _rows(text: str) -> list[dict[str, str]]:
@@ -193,6 +195,8 @@ def _rows(text: str) -> list[dict[str, str]]:
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip() or line.startswith("#"):
             continue
+        if NOT_UTF8 in line:
+            problems.append(f"line {number}: not in UTF-8, in which the editor has to save it")
         if line.startswith(QUESTION):
             if key == "prompt":
                 problems.append(f"line {number}: the question before has no answer")
@@ -207,6 +211,12 @@ def _rows(text: str) -> list[dict[str, str]]:
             problems.append(f"line {number}: it begins with neither {QUESTION} nor, after one, A:")
     if key == "prompt":
         problems.append("the last question has no answer")
+    problems += [
+        f"the {CALLED[name]} of row {number} is empty"
+        for number, row in enumerate(rows, 1)
+        for name, words in row.items()
+        if not words.strip()
+    ]
     if not rows and not problems:
         problems.append("there is no question")
     if problems:

@@ -55,7 +55,7 @@ def facts(root: Path = machine.ROOT) -> Facts:
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         processor=machine.processor(root),
         cores=machine.cores(root),
-        load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        load=_load(),
         memory=machine.total_bytes(root),
         free=machine.free_bytes(root),
         place=place,
@@ -65,6 +65,13 @@ def facts(root: Path = machine.ROOT) -> Facts:
         missing=_missing(),
         environment={name: os.environ[name] for name in VARIABLES if name in os.environ},
     )
+
+
+def _load() -> float | None:
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):  # on Windows; where /proc is not mounted
+        return None
 
 
 def _versions() -> dict[str, str]:
