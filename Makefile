@@ -92,7 +92,7 @@ proof-versions:
 	tools/proof_versions.sh
 
 proof-arm: $(READY)
-	tools/proof_arm.sh
+	PYTHON=$(BIN)/python tools/proof_arm.sh
 
 SBOM ?= dist/sbom.cdx.json
 sbom:

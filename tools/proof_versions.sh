@@ -18,11 +18,14 @@ install() { # PYTHON RESOLUTION WHAT...
 }
 named="torch|transformers|accelerate|tokenizers|safetensors|bitsandbytes|gguf|numpy|pyarrow|pyyaml|regex|rich|cyclopts"
 versions() { "$uv" pip list --quiet --python "$scratch/venv/bin/python" | grep -iE "^($named) " | tr -s ' ' | paste -sd, -; }
+laws() { # WHICH, of the environment that `install` has made
+  "$uv" pip install --quiet --python "$scratch/venv/bin/python" pytest pytest-xdist pytest-cov hypothesis peft
+  echo "$1: $(versions)"
+  PYTHONPATH=src "$scratch/venv/bin/python" -m pytest -n "${JOBS:-2}" -p no:cacheprovider ${LAWS:-tests/laws}
+}
 
 install "$lowest" lowest-direct .
-"$uv" pip install --quiet --python "$scratch/venv/bin/python" pytest pytest-xdist pytest-cov hypothesis peft
-echo "$lowest, the lowest versions: $(versions)"
-PYTHONPATH=src "$scratch/venv/bin/python" -m pytest -n "${JOBS:-2}" -p no:cacheprovider ${LAWS:-tests/laws}
+laws "$lowest, the lowest versions"
 
 for python in python3.11 python3.12 python3.13; do
   [ "$python" != "$lowest" ] || continue
@@ -31,7 +34,5 @@ for python in python3.11 python3.12 python3.13; do
     continue
   fi
   install "$python" highest .
-  echo "$python, the newest versions: $(versions)"
-  "$uv" pip install --quiet --python "$scratch/venv/bin/python" pytest pytest-xdist pytest-cov hypothesis peft
-  PYTHONPATH=src "$scratch/venv/bin/python" -m pytest -n "${JOBS:-2}" -p no:cacheprovider ${LAWS:-tests/laws}
+  laws "$python, the newest versions"
 done
