@@ -81,6 +81,16 @@ def test_every_command_in_every_page_has_the_flags_that_it_names():
     assert seen > 100
 
 
+def test_what_explains_a_command_is_a_comment_to_the_shell():
+    line = re.compile(r"^ *(?:veneer|make|pip|python -m) \S.*\S {3,}[^#\s].*$", re.MULTILINE)
+    pasted = [
+        f"{page.relative_to(ROOT)}: {command}"
+        for page in pages()
+        for command in line.findall(page.read_text(encoding="utf-8"))
+    ]
+    assert pasted == []
+
+
 def test_the_family_s_figures_are_those_of_the_comparison():
     def rows(name: str) -> dict[str, list[str]]:
         lines = (DOCS / name).read_text(encoding="utf-8").splitlines()

@@ -57,7 +57,8 @@ class Block:
 
 def pages() -> list[Path]:
     """Return all pages that a person reads for their commands."""
-    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+    names = ("README.md", "CONTRIBUTING.md", "recipes/README.md")
+    return [*(ROOT / name for name in names), *sorted(DOCS.rglob("*.md"))]
 
 
 def blocks(page: Path) -> list[Block]:
@@ -77,11 +78,11 @@ def blocks(page: Path) -> list[Block]:
 def veneer_lines(page: Path) -> list[list[str]]:
     """Return the words of every command of veneer's that stands in a block, fenced or indented.
 
-    What stands behind three spaces is an explanation, and a line that ends in \\ goes on below.
+    What stands behind # is an explanation, and a line that ends in \\ goes on below.
     """
     text = re.sub(r"\\\n\s*", " ", page.read_text(encoding="utf-8"))
     lines = re.findall(r"^(?: {4,}|)(?:\$ )?veneer ([a-z].*)$", text, re.MULTILINE)
-    fenced = [shlex.split(re.split(r"\s{3,}|\s#\s| ;| \| ", line)[0]) for line in lines]
+    fenced = [shlex.split(re.split(r"\s#\s| ;| \| ", line)[0]) for line in lines]
     return [words for words in fenced if words]
 
 
