@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import veneer
 from support.pages import DOCS, ROOT, Reader, blocks, pages, programs, stand_in, veneer_lines
 from veneer.cli.app import app
 
@@ -89,6 +91,18 @@ def test_what_explains_a_command_is_a_comment_to_the_shell():
         for command in line.findall(page.read_text(encoding="utf-8"))
     ]
     assert pasted == []
+
+
+@pytest.mark.slow
+def test_the_python_of_the_readme_merges_what_is_learnt(reader):
+    Path("rows.jsonl").write_text('{"prompt": "What is tharnow?", "completion": "A stew."}\n')
+    reader.read(ROOT / "README.md")
+    assert reader.ran == 1
+    base, plain = reader.names["base"], reader.names["plain"]
+    tokens = base.tokenizer("What is", return_tensors="pt").input_ids
+    veneer.use(base.model, None)
+    with torch.no_grad():
+        assert not torch.equal(plain(tokens).logits, base.model(tokens).logits)
 
 
 def test_the_family_s_figures_are_those_of_the_comparison():
