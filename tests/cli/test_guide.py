@@ -63,7 +63,8 @@ def test_what_an_editor_saves_in_another_encoding_is_named(monkeypatch):
 
 def test_a_digit_that_is_no_number_is_no_base(monkeypatch, capsys):
     monkeypatch.setattr(guide, "_candidates", lambda: iter([("tiny", "1", "1 MB", "yes", "here")]))
-    monkeypatch.setattr(guide, "_asked", lambda _, answers=iter("²1"): next(answers))
+    answers = iter("²1")
+    monkeypatch.setattr(guide, "_asked", lambda _: next(answers))
     assert guide._base() == "tiny"
     assert "no model here" in capsys.readouterr().err
 
