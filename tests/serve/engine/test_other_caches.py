@@ -1,6 +1,8 @@
 """Models that are other than usual: rows with adapters of their own equal separate runs over latent
 attention, which gives its layers what it has cached; what no rows can be served of is refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from support.every_architecture import small, small_config
 from support.random_adapters import shake
 from veneer.adapter.layers import lora_layers
 from veneer.errors import AdapterError, ModelError
+from veneer.formats.capture import capture
 from veneer.generate.runners.general import GeneralRunner
 from veneer.generate.runners.loaded import LoadedAdapter
 from veneer.generate.runners.runner import Chunk
@@ -101,6 +104,18 @@ def test_an_adapter_of_a_weight_that_code_computes_with_is_refused(tmp_path):
     with pytest.raises(AdapterError, match=r"classifier, which acts on whole batches") as caught:
         fit.check(fit.read(entry), entry)
     assert "o_proj" not in str(caught.value)
+
+
+def test_a_bias_that_no_call_of_its_layer_adds_is_refused(tmp_path):
+    model = veneer.attach(small("longcat_flash"), veneer.LoRA(rank=2, targets="o_proj"))
+    state, model = capture(model), small("longcat_flash")
+    (path, *_) = (path for path, _ in model.named_modules() if path.endswith(".classifier"))
+    router = model.get_submodule(path)
+    bias = torch.ones(len(router.weight))
+    router.bias = torch.nn.Parameter(torch.zeros_like(bias))
+    state = replace(state, modules_to_save={f"{path}.bias": bias})
+    with pytest.raises(AdapterError, match=rf"has {path}\.bias beside its factors"):
+        Fit(model, None, None).check(state, Entry("router", tmp_path, 0))
 
 
 def test_the_context_of_mpt_is_known():

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from veneer.adapter.method import Method
+from veneer.adapter.modules_to_save import owner_of
 from veneer.adapter.own_rows import OwnRows
 from veneer.adapter.targets import adaptable_layers
+from veneer.adapter.weight_access import Place
 from veneer.adapter.wrapper import unwrapped
 from veneer.formats.state import AdapterState
 from veneer.formats.validate import shared_tokens
@@ -73,8 +75,9 @@ def shared_by_all(model: PreTrainedModel, state: AdapterState) -> list[str]:
 
 
 def biases_of_layers(model: PreTrainedModel, state: AdapterState) -> dict[str, Tensor]:
-    """Return the biases (out,) that an adapter has in place of those of linear layers, by path;
-    not that of a head that it replaces."""
+    """Return the biases (out,) that an adapter has in place of those of linear layers, by path; not
+    that of a head that it replaces, nor of a layer whose weight the model's code computes with
+    itself, so that nothing of a row could come between."""
     biases = {
         name.removesuffix(".bias"): tensor
         for name, tensor in state.modules_to_save.items()
@@ -86,7 +89,16 @@ def biases_of_layers(model: PreTrainedModel, state: AdapterState) -> dict[str, T
     head = Ends.of(model).head_path
     if f"{head}.weight" in state.modules_to_save:
         linear.discard(head)
-    return {path: bias for path, bias in biases.items() if path in linear}
+    return {
+        path: bias
+        for path, bias in biases.items()
+        if path in linear and not _is_computed_by_code(model, path)
+    }
+
+
+def _is_computed_by_code(model: PreTrainedModel, path: str) -> bool:
+    owner, name = owner_of(model, path)
+    return Place(type(owner), name).is_never_called
 
 
 def why_not_mixed(state: AdapterState) -> str:
