@@ -305,6 +305,7 @@ def test_a_job_that_fails_says_why(client, file):
         ({"method": reinforced(eval_interval=0)}, "eval_interval should be"),
         ({"method": reinforced(beta=1)}, "beta is not supported"),
         ({"method": reinforced(compute_multiplier=9)}, "group_size is 72, and may be 64"),
+        ({"method": reinforced(), "extra_body": {"resample": 17}}, "resample is 17, and may be 16"),
         (
             {"method": reinforced(batch_size=2), "extra_body": {"prompts_per_step": 2}},
             "batch_size and prompts_per_step",

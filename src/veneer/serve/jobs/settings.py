@@ -32,6 +32,7 @@ MOST_OF_SAMPLES = {
     "prompts_per_step": 256,
     "max_new_tokens": 4096,
     "updates": 16,
+    "resample": 16,
     "eval_answers": 64,
 }
 # What OpenAI calls settings of evaluation on samples, by the names that they have here.
