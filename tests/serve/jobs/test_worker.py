@@ -1,6 +1,7 @@
 """The true worker: what it trains is what `tune` trains, to the bit, whatever kills its server."""
 
 import json
+import math
 import os
 import signal
 from pathlib import Path
@@ -14,10 +15,12 @@ from veneer.errors import ConfigError, DataError, StorageError, TrainingError
 from veneer.files import read_tensors, write_json
 from veneer.run_directory import RunDirectory, checkpoint_steps
 from veneer.serve.jobs.log import End, read_on
+from veneer.serve.jobs.messages import event_of
 from veneer.serve.jobs.settings import TrainingBase, settings_of
 from veneer.serve.jobs.values import JobEvent, WorkerFiles
 from veneer.serve.jobs.watching import STOP_SECONDS
 from veneer.serve.jobs.worker import Asked, Together, Work, fault_of, work
+from veneer.training.events import Evaluated
 
 
 def weights(run: Path):
@@ -240,6 +243,11 @@ def test_samples_are_learnt_from_and_gone_on_with(prompts, tmp_path):
     before = weights(run)
     assert before == tuned_again(run, tmp_path / "again")  # and never stopped
     assert RunDirectory(tmp_path / "again").samples.read_text() == samples
+
+
+def test_an_evaluation_in_which_no_answer_has_a_reward_is_an_event_that_clients_can_read():
+    event = event_of(Evaluated(2, math.nan, None, False, {"reward_faults": 3.0}), 4)
+    assert json.loads(json.dumps(event.data, allow_nan=False)) == {"step": 2, "total_steps": 4}
 
 
 def test_prompts_without_what_a_grader_reads_are_named(prompts, tmp_path):

@@ -71,10 +71,12 @@ def event_of(event: Event, steps: int | None) -> JobEvent | None:
                 f"Step {event.step}/{steps}: validation reward={reward:.4f}",
                 data={"step": event.step, "total_steps": steps, **measured},
             )
-        case Evaluated():
+        case Evaluated(step, loss):
+            # JSON has no number for a loss that is none, as where no answer has a reward.
+            known = {"valid_loss": loss} if math.isfinite(loss) else {}
             return JobEvent(
-                f"Step {event.step}/{steps}: validation loss={event.eval_loss:.4f}",
-                data={"step": event.step, "total_steps": steps, "valid_loss": event.eval_loss},
+                f"Step {step}/{steps}: validation loss={loss:.4f}",
+                data={"step": step, "total_steps": steps, **known},
             )
         case Skipped(step, rows, why):
             text = f"Step {step} was left out: {why} ({', '.join(rows[:3])})."
