@@ -16,7 +16,7 @@ from veneer.cli.app import run
 from veneer.errors import AdapterError, VeneerWarning
 from veneer.formats.adapters import read
 from veneer.formats.locate import locate
-from veneer.formats.measured import licence_of
+from veneer.formats.measured import licence_of, measured
 from veneer.run_directory import RunDirectory
 
 RECIPE = {"model": "org/base", "data": "/home/somebody/secret/rows.jsonl", "lora": {"rank": 2}}
@@ -160,3 +160,18 @@ def test_the_licence_is_that_in_the_card_beside_the_base(tmp_path):
     ):
         (tmp_path / "README.md").write_text(text)
         assert licence_of(str(tmp_path)) == licence
+
+
+def test_a_card_says_what_answers_were_worth_where_any_had_a_reward(tmp_path):
+    run = RunDirectory(tmp_path)
+    rewards = {0: None, 2: 0.25, 4: 0.75, 6: 0.5}
+    lines = [
+        {"step": step, "eval_loss": float("nan") if reward is None else -reward}
+        | ({} if reward is None else {"eval_reward": reward})
+        for step, reward in rewards.items()
+    ]
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert measured(run) == {
+        "held-out reward, first and last": "0.2500, 0.5000",
+        "held-out reward, best": "0.7500 (step 4)",
+    }

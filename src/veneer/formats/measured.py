@@ -35,10 +35,11 @@ def measured(run: RunDirectory) -> dict[str, str]:
         figures["steps"] = f"{steps[-1]['step']:,}"
         figures["tokens"] = f"{sum(line['tokens'] for line in steps):,}"
         figures["training loss, first and last step"] = _course(steps, "loss")
+    what, name = "loss", "eval_loss"
+    if of_prompts := [line for line in evaluations if "eval_reward" in line]:
+        what, name, evaluations = "reward", "eval_reward", of_prompts
     if evaluations:
         best = min(evaluations, key=_finite)
-        of_prompts = all("eval_reward" in line for line in evaluations)
-        what, name = ("reward", "eval_reward") if of_prompts else ("loss", "eval_loss")
         figures[f"held-out {what}, first and last"] = _course(evaluations, name)
         figures[f"held-out {what}, best"] = f"{best[name]:.4f} (step {best['step']:,})"
     if verdict := run.read_progress().get("verdict"):
