@@ -6,6 +6,7 @@ from threading import Barrier, Thread
 
 import openai
 import pytest
+from starlette.datastructures import UploadFile
 
 from support.file_trees import on_disk_before_it_is_renamed
 from support.jobs import ROWS, client_of, training, upload
@@ -118,16 +119,39 @@ def test_a_full_disk_is_no_fault_of_the_request_and_nothing_stays(tmp_path, monk
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    async def full_already(*_):
+        full()
+
     with training(tmp_path / "runs") as server:
         client = client_of(server)
-        with monkeypatch.context() as patch:
-            patch.setattr(files, "_take_place", full)
-            with pytest.raises(openai.InternalServerError, match="the disk is full") as refused:
-                upload(client)
-        assert refused.value.status_code == 507
-        assert list((tmp_path / "runs" / "files").iterdir()) == []
-        assert client.files.list().data == []
+        coming, kept = (UploadFile, "write", full_already), (files, "_take_place", full)
+        for owner, name, fails in (coming, kept):
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, fails)
+                with pytest.raises(openai.InternalServerError, match="disk is full") as refused:
+                    upload(client)
+            assert refused.value.status_code == 507
+            assert str(tmp_path) not in str(refused.value)
+            assert not list((tmp_path / "runs").glob("files/*"))
+            assert client.files.list().data == []
         assert upload(client).rows == len(ROWS)
+
+
+def test_a_file_that_cannot_be_removed_for_good_stays(tmp_path, monkeypatch):
+    def fails(path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    places = Places(tmp_path)
+    store = Store(places.database)
+    kept = uploads.keep_text(store, places, "a.csv", "1", "fine-tune-results")
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_sync", fails)
+        with pytest.raises(StorageError):
+            uploads.remove(store, places, kept)
+    assert places.file(kept).read_text() == "1"
+    uploads.remove(store, places, kept)
+    assert list(places.files.iterdir()) == store.files() == []
+    store.close()
 
 
 def test_a_store_on_a_full_disk_says_so_and_keeps_what_it_has(tmp_path):

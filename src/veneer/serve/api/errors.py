@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import re
@@ -32,6 +33,9 @@ log = logging.getLogger("veneer.serve")
 TYPE_NAMES = frozenset("[]-() ")  # characters of pydantic's names of types, as in list[Text]
 MESSAGE = re.compile(r"^(?:Input|List|String|Value|Dictionary) (should)|^Value error, ")
 RETRY_SECONDS = 2  # about what a slot takes to become free
+FULL = (errno.ENOSPC, errno.EDQUOT)
+# What a client is told; where the files are, and how a command goes on, is for the log.
+NOT_KEPT = "The server's disk is full, or fails, and nothing of the request was kept."
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 TYPES |= {429: "rate_limit_error", 503: "service_unavailable"}
 # The status and the code of each of our errors; the first class that fits holds.
@@ -88,6 +92,8 @@ class ApiError(Exception):
         """Return the response that an error means."""
         if isinstance(error, ApiError):
             return error
+        if isinstance(error, StorageError) or (isinstance(error, OSError) and error.errno in FULL):
+            error = StorageError(NOT_KEPT)
         for kind, status, code in STATUSES:
             if isinstance(error, kind):
                 return cls(status, str(error), param=getattr(error, "param", None), code=code)

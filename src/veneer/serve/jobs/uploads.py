@@ -120,9 +120,9 @@ def remove(store: Store, places: Places, file: StoredFile) -> None:
             f"{file.id} is needed by {listed(users)}; cancel that first.", param="file_id"
         )
     going, place = _unfinished(places, file), places.file(file).parent
-    with suppress(FileNotFoundError):  # somebody has removed it by hand
-        rename(place, going)
     try:
+        with suppress(FileNotFoundError):  # somebody has removed it by hand
+            rename(place, going)
         store.remove_file(file.id)
     except BaseException:
         with suppress(FileNotFoundError):
