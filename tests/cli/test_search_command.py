@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
@@ -150,7 +151,8 @@ def test_what_jobs_leave_to_a_search_is_settled_before_all_of_them(
     seen, trained = {}, {}
 
     def before(recipe, names, **options):
-        seen[recipe.out.name] = names
+        seen[options["job"]] = names
+        assert recipe.out.name == options["job"]
         return replace(recipe, training=replace(recipe.training, lr=0.5))
 
     def tune_many(recipes, **options):
@@ -183,3 +185,18 @@ def test_the_search_before_a_run_takes_all_flags_of_the_run(caught, monkeypatch)
     flags = "--grace-seconds 9 --track mlflow --resume --force --ignore-plan --quiet --json"
     assert run(["tune", "owner/base", "rows.jsonl", "--lr", "auto", *flags.split()]) == 0
     assert (caught.options["grace_seconds"], caught.options["track"]) == (9.0, ("mlflow",))
+
+
+def test_a_search_before_a_job_says_whose_it_is(monkeypatch, capsys):
+    def settled(recipe, names, **options):
+        yield "001", Notice("searched")
+        return recipe
+
+    monkeypatch.setattr(auto, "settle_by_search", settled)
+    recipe, shows = veneer.Recipe("owner/base", "rows.jsonl"), {"quiet": False, "as_json": True}
+    before = veneer.cli.trials.search_before
+    assert before(recipe, ("lr", "rank"), track=(), job="small", **shows) is recipe
+    printed = capsys.readouterr()
+    event = json.loads(printed.out)
+    assert (event["job"], event["trial"], event["text"]) == ("small", "001", "searched")
+    assert "small: lr, rank" in printed.err

@@ -95,7 +95,7 @@ def run_jobs(
     for name, names in (searches or {}).items():
         if not names:
             continue
-        recipe = search_before(recipes[name], names, track=(), **shows, **options)
+        recipe = search_before(recipes[name], names, track=(), job=name, **shows, **options)
         if isinstance(recipe, int):
             return recipe
         settled[name] = recipe

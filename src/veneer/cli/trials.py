@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from veneer.cli.console import ERRORS, OUTPUT, quieten_libraries, show_notice
 from veneer.cli.events import events_on_stdout
 from veneer.cli.tables import plan_summary
-from veneer.errors import TrainingError
+from veneer.errors import TrainingError, listed
 from veneer.training.events import DataReady, Evaluated, Event, Notice, Planned, Started, Step
 from veneer.training.recipe import Recipe
 from veneer.training.search.result import (
@@ -96,20 +96,27 @@ def search_before(
     quiet: bool,
     as_json: bool,
     grace_seconds: float | None = None,
+    job: str = "",
     **options: Any,
 ) -> Recipe | int:
     """Search for settings that are left to it, show how, and return the run's recipe with them, or
-    an exit code after Ctrl-C or SIGTERM. track: of the run alone. options: those of `tune`."""
+    an exit code after Ctrl-C or SIGTERM.
+
+    track: of the run alone. job: its name, where it is one of several. options: those of `tune`.
+    """
     from veneer.cli.company import interruptible
     from veneer.training.search.auto import settle_by_search
 
     quieten_libraries()
     display = None if quiet else SearchDisplay()
+    beside = {"job": job} if job else {}
     with (
         events_on_stdout(as_json) as write,
         interruptible(grace=grace_seconds) as asked,
         display or nullcontext(),
     ):
+        if job and display:
+            OUTPUT.print(f"[bold]Search[/]  {escape(job)}: {listed(names)}")
         events = settle_by_search(recipe, names, should_stop=asked, **options)
         while True:
             try:
@@ -122,6 +129,6 @@ def search_before(
                     ERRORS.print(f"Go on with the same command and --resume (results in {place}).")
                     return 128 + asked.number
                 raise
-            write(event, trial=name)
+            write(event, trial=name, **beside)
             if display:
                 display.show(name, event)
