@@ -131,6 +131,7 @@ class ServerProcess:
                 stderr=log,
                 text=True,
                 env=os.environ | {"VENEER_ADMIN_KEY": KEY, "COLUMNS": "200"},
+                process_group=0,  # Ctrl-C in a terminal is the affair of whoever watches it
             )
         assert self.process.stdout is not None
         for line in self.process.stdout:
