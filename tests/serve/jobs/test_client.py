@@ -209,6 +209,8 @@ def test_a_job_learns_from_samples(client, server):
     method = reinforced(eval_samples=2, eval_interval=1)
     job = client.fine_tuning.jobs.create(model="tiny", training_file=file.id, method=method)
     assert warned_of(client, job) == {"eval_interval, eval_samples"}  # nothing to evaluate on
+    # Another test lets workers wait, and this one would never end there.
+    assert until(client, job.id, "succeeded", "failed").status == "succeeded"
 
 
 def warned_of(client, job):
