@@ -72,7 +72,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         *product(sorted({*READ} - {"llama", "gpt2"}), ("patterns",)),
     ],
 )
-@pytest.mark.thinned(one_in=2)
+@pytest.mark.thinned
 def test_the_merged_file_is_the_merged_model(name, case, tmp_path):
     base = write_model(name, random_model(name), tmp_path / "base.gguf")
     model = adapted(loaded(base), **OPTIONS[case])

@@ -112,7 +112,7 @@ def test_both_have_the_same_base(architecture):
     ("architecture", "case"),
     [*product(("llama", "gpt2"), CASES), *product(ARCHITECTURES[1:-1], ("plain", "one of each"))],
 )
-@pytest.mark.thinned(one_in=2)
+@pytest.mark.thinned
 def test_what_we_write_mlx_lm_reads(architecture, case, tmp_path):
     model = adapted(architecture, case)
     veneer.save(model, tmp_path / "mlx", format="mlx")

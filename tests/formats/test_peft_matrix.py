@@ -72,6 +72,10 @@ def test_gradients_after_one_step(case, tmp_path):
     peer, reference = theirs(kind, options), in_float64(theirs(kind, options))
     written(peer, tmp_path / "start")
     model = veneer.load(base(kind), tmp_path / "start")
+    veneer.save(model, tmp_path / "back", format="peft")
+    assert_same_logits(
+        logits(opened(kind, tmp_path / "back"), kind), model, partial(logits, kind=kind)
+    )
     train_adapter(model)
     for one in (peer, reference, model):
         loss(one, kind).backward()

@@ -235,7 +235,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("which", "adapted", "dora", "recompute", "drops"), CASES)
-@pytest.mark.thinned(one_in=5)
+@pytest.mark.thinned(pairs=True)
 def test_equals_the_plain_operations(which, adapted, dora, recompute, drops):
     half, parallel = half_of(which, adapted, dora=dora, recompute=recompute, drops=drops)
     x, dy = torch.randn(TOKENS, DIM, **DOUBLE, requires_grad=True), torch.randn(TOKENS, DIM)

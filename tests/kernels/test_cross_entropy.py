@@ -46,6 +46,14 @@ LOGITS = {
 
 
 @pytest.mark.parametrize("behind", LOGITS)
+def test_the_slope_of_logits_is_that_of_autograd(behind):
+    logits, z = LOGITS[behind], torch.linspace(-5, 5, 41, **DOUBLE, requires_grad=True)
+    y = logits(z)
+    (expected,) = torch.autograd.grad(y.sum(), z)
+    torch.testing.assert_close(torch.ones_like(z) * logits.slope(y), expected)
+
+
+@pytest.mark.parametrize("behind", LOGITS)
 @pytest.mark.parametrize("factor", [1.0, 0.25])
 @pytest.mark.parametrize("chunk", [1, 3 * VOCAB, 10**6])
 @pytest.mark.parametrize("labelled", [0, 1, 8, 20])

@@ -84,7 +84,7 @@ def test_what_is_not_finite_stays_so(dtype, bad):
     itertools.product([None, 1, 7, 40], [None, 1.5], [[1], [5, 40, 39, 3], [33] * 4]),
 )
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.thinned(one_in=2)
+@pytest.mark.thinned(pairs=True)
 def test_attention_in_blocks(dtype, window, softcap, lengths, formulas, monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(score_blocks, "QUERY_BLOCK", 16)  # several blocks in these short rows

@@ -147,7 +147,7 @@ def assert_equals_own(model: Any, way: Forward, rows: list[Example]) -> None:
         ),
     ],
 )
-@pytest.mark.thinned(one_in=2, first=1)
+@pytest.mark.thinned
 def test_16_bits_take_the_same_way(architecture, dtype):
     model = tiny(architecture, dtype=dtype)
     shake(veneer.attach(model, veneer.LoRA(rank=2, targets="all")))

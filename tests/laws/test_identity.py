@@ -5,7 +5,7 @@ import torch
 
 import veneer
 from support.closeness import assert_no_further
-from support.kinds import KINDS, each_kind, in_share, is_first_of
+from support.kinds import CORE, KINDS, each_kind, in_share, is_first_of
 from support.plain import Plain
 from support.random_adapters import distance, same, shake, snapshot, targets_named
 from support.tiny_models import ARCHITECTURES, CAUSAL, tiny
@@ -18,7 +18,9 @@ def test_every_architecture_has_a_kind():
     for bits in (None, 4, 8):
         assert {kind.architecture for kind in KINDS if kind.bits == bits} >= {"llama"}
     assert {kind.architecture for kind in KINDS if kind.bits} >= {*ARCHITECTURES}
-    assert len({str(kind) for kind in KINDS}) == len(KINDS)
+    names = {str(kind) for kind in KINDS}
+    assert len(names) == len(KINDS)
+    assert names >= CORE
 
 
 def is_first_somehow(kind):

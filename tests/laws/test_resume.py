@@ -300,8 +300,10 @@ def all_layers(tmp_path_factory) -> tuple[dict[str, Tensor], Path]:
     return run, home / "died"
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full", "disk"])
-@pytest.mark.thinned(one_in=2, first=1)
+@pytest.mark.parametrize(
+    "recompute",
+    [pytest.param("none", marks=pytest.mark.slow), "selective", "full", "disk"],
+)
 def test_resumed_with_less_memory(recompute, all_layers, tmp_path):
     """Layers as two functions, and what they compute again, change no bit either."""
     whole, died = all_layers

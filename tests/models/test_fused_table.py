@@ -40,6 +40,8 @@ ONCE_BROKEN = {
     *("qwen2_moe", "llama4_text", "phimoe", "deepseek_v4", "dots3_note_text", "gemma3n_text"),
     *("modernbert-decoder", "longcat_flash", "got_ocr2"),
 }
+# One of each structure that people tune; tests/laws/test_fused_gradients.py has all their models.
+USUAL = {"llama", "qwen3", "gemma3_text", "phi3", "granite", "gpt2", "falcon", "mixtral"}
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ def table() -> tuple[str, list[str]]:
 @pytest.mark.parametrize(
     "model_type",
     [
-        pytest.param(name, marks=() if name in {*OFTEN[::3], *ONCE_BROKEN} else pytest.mark.slow)
+        pytest.param(name, marks=() if name in USUAL | ONCE_BROKEN else pytest.mark.slow)
         for name in MODEL_TYPES
         if name not in NO_MODEL
     ],

@@ -63,7 +63,6 @@ def test_a_plan_that_fits_says_so_and_one_that_never_does_too(capsys, monkeypatc
         ("600MB", "600.0 MB", "it does not fit, whatever its settings."),
     ],
 )
-@pytest.mark.thinned(one_in=2)
 def test_memory_of_another_machine_replaces_what_is_free_here(
     capsys, monkeypatch, memory, shown, fits
 ):
@@ -134,7 +133,6 @@ def test_formulas_are_shown_when_asked_for(capsys):
         *("llama-2-70b", "gpt2", "qwen2.5-72b"),
     ],
 )
-@pytest.mark.thinned(one_in=3)
 def test_every_plan_keeps_to_100_columns(capsys, arguments):
     assert run(["plan", *arguments.split(), "--formulas"]) == 0
     out = capsys.readouterr().out
@@ -161,7 +159,6 @@ def test_every_plan_keeps_to_100_columns(capsys, arguments):
         ("gpt-oss-20b", ["feed-forward 32 experts of 2,880 (4 active),"]),
     ],
 )
-@pytest.mark.thinned(one_in=2)
 def test_a_mixture_is_described_by_its_experts_and_by_what_bits_leave(capsys, name, texts):
     text = printed(capsys, name, "--method", "qlora", "--memory", "20GB")
     for expected in texts:
@@ -300,7 +297,6 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("method", PUBLISHED)
-@pytest.mark.thinned(one_in=2, first=1)
 def test_what_is_published_quantized_is_planned_by_what_its_files_hold(method, tmp_path, capsys):
     how, bits = PUBLISHED[method]
     name = "gpt-oss-20b" if method == "mxfp4" else "llama-2-7b"

@@ -143,7 +143,6 @@ FIRST_OF_EACH = {config["model_type"]: name for name, config in reversed(PRESETS
     "name",
     [n if n in FIRST_OF_EACH else pytest.param(n, marks=pytest.mark.slow) for n in PRESETS],
 )
-@pytest.mark.thinned(one_in=3)
 def test_every_preset_can_be_planned(name, capsys):
     assert run(["plan", name, "--tokens", "512"]) == 0
     assert f"of {find_sizes(name).description.parameters:,} parameters" in capsys.readouterr().out

@@ -2,12 +2,14 @@
 
 @pytest.mark.thinned                      each value of each parameter, at least once
 @pytest.mark.thinned(pairs=True)          each pair of values of two parameters, at least once
-@pytest.mark.thinned(one_in=3, first=1)   one case in so many, from the first one on
+@pytest.mark.thinned(one_in=3, first=1)   one case in so many, from the first one on: for a table of
+                                          one parameter, of which other tests take the other cases
 """
 
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,17 +39,25 @@ def _taken(
     cases: Sequence[Any], *, pairs: bool = False, one_in: int = 0, first: int = 0
 ) -> set[int]:
     """Return the places of the cases that every run takes: of those that must cover something, each
-    time the one that has most that is new."""
+    time the one that has most that is new, and of several the one whose values were taken least,
+    so that each value is tried beside many others."""
     if one_in:
-        return set(range(first, len(cases), one_in))
+        # A case that is asked for by its name is the only one here.
+        return set(range(first % len(cases), len(cases), one_in))
     # A value is the same object in each case of a table.
     values = [
         sorted((name, id(value)) for name, value in case.callspec.params.items()) for case in cases
     ]
     have = [set(itertools.combinations(each, 1 + pairs)) for each in values]
     left, taken = set().union(*have), set()
+    times: Counter[tuple[str, int]] = Counter()
+
+    def gain(i: int) -> tuple[int, int]:
+        return len(have[i] & left), -sum(times[value] for value in values[i])
+
     while left:
-        best = max(range(len(cases)), key=lambda i: len(have[i] & left))
+        best = max(range(len(cases)), key=gain)
         taken.add(best)
+        times.update(values[best])
         left -= have[best]
     return taken
