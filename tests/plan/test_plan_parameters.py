@@ -51,7 +51,9 @@ def sizes(name):
 def planned(name, lora=None, **settings):
     config = PlanConfig(**settings)
     adapted = adapted_layers(sizes(name), lora) if lora else ()
-    return trained_by(config, sizes(name), adapted).count
+    trained = trained_by(config, sizes(name), adapted)
+    assert sum(trained.each) == trained.count  # by which an optimizer's moments are planned
+    return trained.count
 
 
 def numbers(parameters):

@@ -26,7 +26,7 @@ class Trained:
     weights: the model's own layers that train. adapted: layers with adapters. first_block: the
     lowest block that a gradient must reach, the number of blocks for none; nothing below it is
     kept. prefix: whether keys and values of virtual tokens train. beside: numbers of adapters that
-    do not train.
+    do not train. each: how many numbers each weight has that trains; they sum to `count`.
     """
 
     parameters: Amount
