@@ -14,23 +14,35 @@ from veneer.kernels.rotary import Rotary
 
 
 @dataclass(frozen=True, kw_only=True)
-class Heads:
+class _AnyHeads:
+    """What all heads have. q_factor (tokens, 1, 1): what q, or its gradient, is multiplied with, or
+    None for 1."""
+
+    heads: int
+    head_dim: int
+    value_dim: int
+    rotary: Rotary | None = None
+    q_factor: Tensor | None = None
+
+    def _turned(self, x: Tensor, *, back: bool = False) -> Tensor:
+        return x if self.rotary is None else self.rotary.rotate(x, back=back)
+
+    def _scaled(self, q: Tensor) -> Tensor:
+        return q if self.q_factor is None else q * self.q_factor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heads(_AnyHeads):
     """How q (tokens, heads, head_dim), k (tokens, key_heads, head_dim) and v (tokens, key_heads,
     value_dim) come from the projections' outputs, (tokens, out) each.
 
     q_norm, k_norm: over each head, or over all of a token's, by the size of their weight.
-    q_factor (tokens, 1, 1): what q is multiplied with last, or None for 1.
     """
 
-    heads: int
     key_heads: int
-    head_dim: int
-    value_dim: int
     order: Order
     q_norm: Norm | None = None
     k_norm: Norm | None = None
-    rotary: Rotary | None = None
-    q_factor: Tensor | None = None
 
     @property
     def turning(self) -> int:
@@ -68,36 +80,25 @@ class Heads:
         q, k, v = self.split(outputs)
         q = self._turned(_normed(q, self.q_norm))
         k = self._turned(_normed(k, self.k_norm))
-        return q if self.q_factor is None else q * self.q_factor, k, v
+        return self._scaled(q), k, v
 
     def backward(
         self, dq: Tensor, dk: Tensor, dv: Tensor, outputs: Sequence[Tensor]
     ) -> list[Tensor]:
         """Return the gradients of the projections' outputs from those of q, k and v."""
         q, k, _ = self.split(outputs)
-        dq = dq if self.q_factor is None else dq * self.q_factor
-        dq, dk = (d if self.rotary is None else self.rotary.rotate(d, back=True) for d in (dq, dk))
+        dq, dk = self._turned(self._scaled(dq), back=True), self._turned(dk, back=True)
         return self.join(_back_through(dq, q, self.q_norm), _back_through(dk, k, self.k_norm), dv)
-
-    def _turned(self, x: Tensor) -> Tensor:
-        return x if self.rotary is None else self.rotary.rotate(x)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatentHeads:
+class LatentHeads(_AnyHeads):
     """How q, k (tokens, heads, head_dim) and v (tokens, heads, value_dim) come from what gives q,
     from what gives the shared dims that turn, as its last ones, and from what gives k and v side by
     side in each head. turning: dims of a head that turn, the last ones.
-
-    q_factor (tokens, 1, 1): what q is multiplied with last, or None for 1.
     """
 
-    heads: int
-    head_dim: int
-    value_dim: int
     turning: int
-    rotary: Rotary | None = None
-    q_factor: Tensor | None = None
 
     @property
     def first_turning(self) -> int:
@@ -114,23 +115,20 @@ class LatentHeads:
         shared = self._turned(compressed[:, None, -self.turning :])
         k = torch.cat([k_and_v[..., : self.first_turning], shared.expand(-1, self.heads, -1)], 2)
         v = k_and_v[..., self.first_turning :]
-        return q if self.q_factor is None else q * self.q_factor, k, v
+        return self._scaled(q), k, v
 
     def backward(
         self, dq: Tensor, dk: Tensor, dv: Tensor, outputs: Sequence[Tensor]
     ) -> list[Tensor]:
         """Return the gradients of the outputs from those of q, k and v; of the shared dims alone
         where they have other numbers beside them."""
-        dq = dq if self.q_factor is None else dq * self.q_factor
+        dq = self._scaled(dq)
         if self.rotary is not None:
             turned = self._turned(dq[..., -self.turning :], back=True)
             dq = torch.cat([dq[..., : self.first_turning], turned], 2)
         d_shared = self._turned(dk[..., -self.turning :].sum(1, keepdim=True), back=True)
         d_expanded = torch.cat([dk[..., : self.first_turning], dv], 2)
         return [dq.flatten(1), d_shared.flatten(1), d_expanded.flatten(1)]
-
-    def _turned(self, x: Tensor, *, back: bool = False) -> Tensor:
-        return x if self.rotary is None else self.rotary.rotate(x, back=back)
 
 
 def _by_row(x: Tensor, norm: Norm) -> Tensor:

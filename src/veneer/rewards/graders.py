@@ -60,41 +60,42 @@ class Grader(Protocol):
 
 
 @dataclass(frozen=True)
-class StringCheck:
-    """1 where two texts are equal (eq) or not (ne), or the first one has the second one in it, with
-    regard to case (like) or without (ilike)."""
+class _Comparison:
+    """What grades two texts of a row and its answer."""
 
     name: str
     input: Template
     reference: Template
-    operation: str
 
     @property
     def fields(self) -> frozenset[Field]:
         return frozenset((*self.input.fields, *self.reference.fields))
 
-    def grade(self, item: Mapping[str, Any], answer: str) -> float:
-        texts = (self.input.fill(item, answer), self.reference.fill(item, answer))
-        return float(OPERATIONS[self.operation](*texts))
+    def texts(self, item: Mapping[str, Any], answer: str) -> tuple[str, str]:
+        return self.input.fill(item, answer), self.reference.fill(item, answer)
 
 
 @dataclass(frozen=True)
-class TextSimilarity:
+class StringCheck(_Comparison):
+    """1 where two texts are equal (eq) or not (ne), or the first one has the second one in it, with
+    regard to case (like) or without (ilike)."""
+
+    operation: str
+
+    def grade(self, item: Mapping[str, Any], answer: str) -> float:
+        return float(OPERATIONS[self.operation](*self.texts(item, answer)))
+
+
+@dataclass(frozen=True)
+class TextSimilarity(_Comparison):
     """How alike two texts are."""
 
-    name: str
-    input: Template
-    reference: Template
     metric: str
     most: int = MOST_CHARACTERS  # of each text that are compared
 
-    @property
-    def fields(self) -> frozenset[Field]:
-        return frozenset((*self.input.fields, *self.reference.fields))
-
     def grade(self, item: Mapping[str, Any], answer: str) -> float:
-        texts = (self.input.fill(item, answer), self.reference.fill(item, answer))
-        return METRICS[self.metric](*(text[: self.most] for text in texts))
+        ours, theirs = self.texts(item, answer)
+        return METRICS[self.metric](ours[: self.most], theirs[: self.most])
 
 
 @dataclass(frozen=True)
@@ -256,8 +257,9 @@ class _Reading:
         elif choice and choice not in choices:
             may = f"and may be {listed(choices, most=9)}{nearest(choice, choices)}"
             self.problems.append(f"{where}.{key} is {shortened(choice, 40)!r}, {may}")
-        made = StringCheck if kind == "string_check" else TextSimilarity
-        return made(name, ours, theirs, choice)
+        if kind == "string_check":
+            return StringCheck(name, ours, theirs, choice)
+        return TextSimilarity(name, ours, theirs, choice)
 
     def _multi(self, value: Mapping[str, Any], name: str, where: str) -> Grader | None:
         graders: dict[str, Grader] = {}
