@@ -2,8 +2,8 @@
 
 @pytest.mark.thinned                      each value of each parameter, at least once
 @pytest.mark.thinned(pairs=True)          each pair of values of two parameters, at least once
-@pytest.mark.thinned(one_in=3, first=1)   one case in so many, from the first one on: for a table of
-                                          one parameter, of which other tests take the other cases
+@pytest.mark.thinned(one_in=3, first=1)   one case in so many, from the first one on; of a table of
+                                          one parameter, whose cases are alike
 """
 
 from __future__ import annotations
