@@ -1,12 +1,16 @@
 """OpenAI's own client, as it is, against the routes for files and jobs."""
 
+from dataclasses import fields
+
 import openai
 import pytest
 
 from support.jobs import ROWS, client_of, training, until, until_step, upload
 from support.server import AS_ADMIN, call, chat
 from support.waiting import eventually
+from veneer.objectives.policy_config import OnPolicy
 from veneer.serve.jobs import uploads
+from veneer.serve.jobs.settings import MOST_OF_SAMPLES
 
 GRADER = {
     "type": "string_check",
@@ -353,3 +357,8 @@ def test_nothing_of_training_goes_without_the_admin_key(server):
         assert call(server.url, f"/api/{path}")[0] == 401
     for path in ("/v1/fine_tuning/jobs", "/api/rows", "/api/plan", "/api/merges"):
         assert call(server.url, path, {})[0] == 401
+
+
+def test_each_number_of_samples_is_bounded():
+    numbers = {field.name for field in fields(OnPolicy) if field.type == "int"}
+    assert numbers - {"overlong_margin"} == {*MOST_OF_SAMPLES}  # which max_new_tokens bounds
