@@ -274,6 +274,9 @@ def test_a_job_among_others_learns_what_a_run_alone_does():
         for ours, theirs in zip(steps, expected, strict=True):
             assert ours.loss == pytest.approx(theirs.loss, rel=1e-4)
             assert ours.metrics == pytest.approx(theirs.metrics, rel=1e-3, abs=1e-4)
+    veneer.use(together, "dpo")
+    assert SCORE_WEIGHT in together.state_dict()
+    assert SCORE_WEIGHT not in veneer.merge(together).state_dict()  # which others could not load
 
 
 def test_what_is_no_reward_model_cannot_judge(tmp_path):

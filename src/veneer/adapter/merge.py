@@ -24,6 +24,7 @@ from veneer.adapter.use import adapters, in_use
 from veneer.adapter.virtual_forward import detach_virtual_tokens
 from veneer.errors import AdapterError
 from veneer.models.block_buffers import passes_of
+from veneer.models.score import remove_score
 from veneer.quant.stack import QuantizedStack, quantized_modules
 from veneer.quant.weight import QuantizedWeight, dense
 
@@ -48,6 +49,7 @@ def merge(model: Model) -> Model:
     embedding, head = _ends(plain)
     tied = embedding is not None and head is not None and is_tied(embedding, head)
     detach_virtual_tokens(plain, set(adapters(plain)))
+    remove_score(plain)  # of a reward model that is attached beside, in another job or in none
     for path, layer in list(lora_layers(plain)):
         layer.unwrap(plain, path, merged=layer.acts)
     for path, quantized in quantized_modules(plain).items():
