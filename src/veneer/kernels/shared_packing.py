@@ -9,6 +9,10 @@ from torch import Tensor
 
 from veneer.kernels.packing import Packing
 
+# Numbers of keys and values that rows are given of others at a time, but at least one key head's:
+# many answers to a long prompt have it as often as they are, and a pass need not be as large.
+NUMBERS_AT_ONCE = 2**23
+
 
 class SharedPacking(Packing):
     """A packed batch in which the keys that a sequence sees `before` its own are the first ones of
@@ -22,6 +26,10 @@ class SharedPacking(Packing):
         self._whole: list[int] = []  # for each sequence the one with its beginning
         for sequence, count in enumerate(before):
             self._whole.append(self._whole[-1] if count else sequence)
+
+    def key_heads_at_once(self, k: Tensor, v: Tensor) -> int:
+        of_one_head = sum(self.before) * (k.shape[2] + v.shape[2])
+        return max(1, min(k.shape[1], NUMBERS_AT_ONCE // of_one_head))
 
     def key_groups(self, k: Tensor, v: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         keys, values = super().key_groups(k, v)
