@@ -14,7 +14,10 @@ from support.tiny_models import tiny
 from veneer.data.encode import UNLABELLED, Example
 from veneer.data.packing import pack, sharing_prompts
 from veneer.fused.forward import choose_forward
+from veneer.fused.together import AdapterBatch, backward_together
 from veneer.models.blocks import decoder_of
+from veneer.models.device import CPU, RandomNumbers
+from veneer.training.begin import let_train
 
 PROMPT = [*range(3, 23)]  # longer than the windows of the kinds below
 
@@ -26,7 +29,13 @@ def long_pair():
     return Example(rows[0] + rows[1], labels[0] + labels[1], "row", 0, second=len(rows[0]))
 
 
+def answer(*tokens):
+    """An answer to the same prompt that is no one's second."""
+    return Example([*PROMPT, *tokens], [UNLABELLED] * len(PROMPT) + [*tokens], "row", 0)
+
+
 ROWS = [*pairs(3), long_pair()]
+DRAWN = [answer(5, 9, 9), answer(6), answer(4, 4, 7, 8, 3)]
 
 
 def adapted(kind):
@@ -63,13 +72,66 @@ def test_losses_and_gradients_are_those_of_rows_with_prompts_of_their_own(kind, 
     assert forward.shares
     assert not any("since" in notice for notice in notices)
     forward = forward if fused else replace(forward, layers=())
-    batch = pack(ROWS, [2, 3, 0, 1])
+    # Drawn answers stand behind a pair with their prompt, behind another pair, and last.
+    batch = pack([*ROWS, *DRAWN], [2, 3, 4, 0, 5, 6, 1, 4])
     own = replace(forward, shares=False)
     ours, theirs = (weighed(each, model, batch) for each in (forward, own))
     wide = copy.deepcopy(model).double()
     exact = weighed(replace(choose_forward(wide, ROWS)[0], shares=False), wide, batch)
     assert_no_further(ours[0], theirs[0], exact[0], "the losses")
     assert_gradients_no_further(ours[1], theirs[1], exact[1])
+
+
+@pytest.mark.parametrize(
+    "recompute",
+    ["full", *(pytest.param(how, marks=pytest.mark.slow) for how in ("selective", "disk"))],
+)
+def test_what_the_backward_pass_computes_again_reads_the_same_prompts(recompute):
+    model = adapted("llama").double()
+    batch = pack([*ROWS, *DRAWN], range(7))
+    forwards = [choose_forward(model, ROWS, recompute=how)[0] for how in ("none", recompute)]
+    assert [each.recompute for each in forwards] == ["none", recompute]
+    assert all(each.shares for each in forwards)
+    expected, ours = (weighed(each, model, batch) for each in forwards)
+    torch.testing.assert_close(ours, expected)
+
+
+def of_two_jobs(**options):
+    """Return a model with two adapters that train, and how it computes."""
+    model = tiny("llama")
+    for name in "ab":
+        veneer.attach(model, veneer.LoRA(rank=2, targets="all", **options), name=name)
+    for name in "ab":
+        let_train(model, name)  # attaching one has frozen the other
+    veneer.use(model, None)
+    shake(model, size=0.2)
+    return model, choose_forward(model, ROWS)[0]
+
+
+def test_jobs_with_one_prompt_have_keys_of_their_own():
+    model, forward = of_two_jobs()
+    assert forward.shares
+    batches = [AdapterBatch(name, pack(ROWS, [3])) for name in "ab"]
+    ours = backward_together(forward, model, batches)
+    own = replace(forward, shares=False)
+    expected = backward_together(own, model, batches, alone=dict.fromkeys("ab", ""))
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=0)
+    assert abs(ours[0] - ours[1]) > 1e-2 * ours[0]
+
+
+@pytest.mark.parametrize("alone", [{}, dict.fromkeys("ab", "it is asked")])
+def test_a_job_without_pairs_draws_its_own_masks_beside_one_with_pairs(alone):
+    model, forward = of_two_jobs(dropout=0.5)
+    model.train()
+    rows = {"a": pack(ROWS, [3]), "b": pack(DRAWN, [0, 2])}
+
+    def losses(forward, alone):
+        drawing = {name: RandomNumbers(CPU, torch.Generator().manual_seed(7)) for name in rows}
+        batches = [AdapterBatch(name, rows[name], random=drawing[name]) for name in rows]
+        return backward_together(forward, model, batches, alone=alone)
+
+    own = losses(replace(forward, shares=False), dict.fromkeys("ab", ""))
+    torch.testing.assert_close(losses(forward, alone)[1], own[1], rtol=1e-4, atol=0)
 
 
 def test_a_prompt_is_computed_once_but_for_its_last_token():

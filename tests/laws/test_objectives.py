@@ -168,6 +168,11 @@ def test_objectives_share_passes_with_each_other_and_with_answers():
         for ours, theirs in zip(steps, expected[name], strict=True):
             assert ours.loss == pytest.approx(theirs.loss, rel=1e-4)
             assert ours.metrics == pytest.approx(theirs.metrics, rel=1e-3, abs=1e-4)
+    texts = dict.fromkeys(objectives, "")
+    for name, event in events:
+        texts[name] += event.text if isinstance(event, Notice) else ""
+    assert "Both rows of a pair read one prompt" in texts["dpo"]
+    assert "pair" not in texts["sft"]
 
 
 def with_adapters(names: Any) -> Any:

@@ -47,6 +47,11 @@ class Batch:
         before: list[int] = self.positions[firsts].tolist()
         return before
 
+    @property
+    def has_pairs(self) -> bool:
+        """Whether its examples are pairs, as all of a run are, or none."""
+        return bool((self.rows[1:2] == self.rows[:1]).any())
+
 
 def pack(examples: Sequence[Example], indices: Sequence[int]) -> Batch:
     """Return the batch of `examples[i]` for each i of `indices`, in this order."""

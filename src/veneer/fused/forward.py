@@ -71,8 +71,8 @@ class Forward:
     recompute: what the backward pass computes again; alone: rows one by one, where not even padding
     is possible; experts: modules whose routed experts are computed as one function; tokens_step:
     packed batches are filled up to a multiple of it, in each process; context: the processes that
-    share each batch's tokens, None where this one computes them all; shares: rows of one
-    prompt that follow each other read the same keys and values of it, which are computed once.
+    share each batch's tokens, None where this one computes them all; shares: rows of one prompt
+    that follow each other read its keys and values, computed once; unshared: why they do not.
     """
 
     packed: bool
@@ -85,6 +85,7 @@ class Forward:
     tokens_step: int = TOKENS_STEP
     context: ContextGroup | None = None
     shares: bool = False
+    unshared: str | None = None
     arena: Arena = field(default_factory=Arena, compare=False)
     _installations: dict[nn.Module, Installation] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -103,16 +104,14 @@ class Forward:
         A call outside of `installed` patches the model for itself.
         """
         device = model.device
-        if self.shares:
-            batch = sharing_prompts(batch)
         if self.packed:
+            batch = sharing_prompts(batch) if self.shares else batch
             step = self.tokens_step * (1 if self.context is None else self.context.size)
             batch = filled_up(batch, step, virtual_input_count(model))
         tokens, labels, positions = batch.tokens, batch.labels, batch.positions
         lengths = batch.lengths.tolist()
-        packing = None
-        if self.packed and self.context is None:
-            packing = packing_of(lengths, batch.before, device)
+        undealt = self.packed and self.context is None
+        packing = packing_of(lengths, batch.before, device) if undealt else None
         if self.context is not None:
             packing = dealt = DealtPacking(
                 lengths, self.context, device, highest=int(np.max(positions))
@@ -256,9 +255,8 @@ def choose_forward(
         if answer_one_prompt and not why_not_packed and context is None:
             packed = Forward(True, head, layers, experts=experts, tokens_step=step)
             why_not_shares = why_not_shared(
-                *(model, partial(packed.losses, model)),
+                *(model, partial(packed.losses, model), rows[-1].tokens),
                 tolerance=TOLERANCE[_head_dtype(model)],
-                tokens=rows[-1].tokens,
             )
         with_padding = Forward(False, head, experts=experts)
         why_not_padded = why_not_packed and _why_not(with_padding, model, rows, expected)
@@ -308,6 +306,7 @@ def choose_forward(
         experts=experts,
         context=context,
         shares=answer_one_prompt and not why_not_shares,
+        unshared=why_not_shares if answer_one_prompt else None,
         arena=DiskArena(_existing(directory)) if recompute == "disk" else Arena(),
     )
     return chosen, notices

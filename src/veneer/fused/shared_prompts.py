@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from veneer.adapter.active import active_adapters_of
 from veneer.adapter.virtual_forward import virtual_tokens_of
 from veneer.data.encode import UNLABELLED, Example
-from veneer.data.packing import Batch, pack, sharing_prompts
+from veneer.data.packing import Batch, joined, pack, sharing_prompts
 from veneer.fused.head import described
 
 PROBE = 8  # tokens of a probe's prompt, half of which again are each answer
@@ -18,7 +18,11 @@ COUNTED = 1000  # pairs of which a person is given the tokens
 
 
 def why_not_shared(
-    model: PreTrainedModel, losses: Callable[[Batch], Tensor], tolerance: float, tokens: list[int]
+    model: PreTrainedModel,
+    losses: Callable[[Batch], Tensor],
+    tokens: list[int],
+    *,
+    tolerance: float,
 ) -> str | None:
     """Return why answers of this model do not share their prompts, or None: by what is known of its
     adapters and of the device, and by a pair of `tokens`. losses: of a packed batch's labels."""
@@ -28,9 +32,9 @@ def why_not_shared(
         return "virtual tokens stand before each row"
     if active_adapters_of(model).invocations is not None:
         return "an invocation is looked for in each row"
-    batch = pack([_pair(tokens)], [0])
-    try:
-        own, shared = (losses(each) for each in (batch, sharing_prompts(batch)))
+    whole = pack([_pair(tokens)], [0])
+    try:  # in one pass: a mapped base is read from the disk at each
+        own, shared = losses(joined([whole, sharing_prompts(whole)])).chunk(2)
     except Exception as error:  # whatever a foreign architecture raises
         return described(error)
     farthest = float((shared - own).abs().max())

@@ -175,7 +175,10 @@ def _losses(
     the context, where it may compute layers again."""
     device, active = model.device, active_adapters_of(model)
     if forward.shares:
-        batches = [replace(each, batch=sharing_prompts(each.batch)) for each in batches]
+        batches = [
+            replace(each, batch=sharing_prompts(each.batch)) if each.batch.has_pairs else each
+            for each in batches
+        ]
     batches = [
         each if _has_table(model, each) else replace(each, batch=of_like_shape(each.batch))
         for each in batches
@@ -269,7 +272,10 @@ def _alone(
     forward: Forward, model: PreTrainedModel, each: AdapterBatch, *, backward: bool
 ) -> Tensor:
     """Return the loss of a batch by a pass of its own."""
-    forward = forward if each.head is None else replace(forward, head=each.head)
+    # To the bit what it is by itself: with dropout, rows that share a prompt draw other masks.
+    shares = forward.shares and each.batch.has_pairs
+    if each.head is not None or shares != forward.shares:
+        forward = replace(forward, head=each.head or forward.head, shares=shares)
     with acting(model, each.adapter), _drawing(each):
         loss = each.loss(forward.losses(model, each.batch, each.token_loss))
         if backward:

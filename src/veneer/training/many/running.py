@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,8 @@ class RunningJob:
             yield from notices
             self.model.eval()  # as for a run alone, whatever the others do
             forward = forward if self.head is None else with_score(forward)
+            if forward.shares and not self.job.examples[0].second:  # as alone, to the bit
+                forward = replace(forward, shares=False)
             yield from self.run.begin(forward, resume=self.job.resume)
             yield from self.run.go(forward, should_stop)
         finally:  # before the results are written

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from veneer.adapter.use import acting, in_use
 from veneer.errors import ConfigError, VeneerError, joined
 from veneer.fused.forward import Forward, choose_forward
+from veneer.fused.shared_prompts import notices_of
 from veneer.fused.together import backward_together, why_alone
 from veneer.kernels.heap import kept_heap
 from veneer.processes.world import World
@@ -77,7 +78,7 @@ def train_many(
                     passes = _Passes.of(running, begun[0], passes)
                     installed.enter_context(passes.forward.installed(model))
                     for each in begun:
-                        notices = passes.notices(each.name)
+                        notices = passes.notices(each)
                         each.begin(passes.forward, notices, partial(should_stop, each.name))
                 for each in running:
                     yield from _until_a_step(each)
@@ -143,14 +144,18 @@ class _Passes:
             )
         if before is not None:  # whose memory is there already
             forward = replace(forward, arena=before.forward.arena)
+        if rows[0].second:  # of which other jobs have others, or none
+            of_these = notices_of(rows, forward.unshared)
+            remarks = [each for each in remarks if each not in of_these]
         alone = why_alone(forward, model, [each.name for each in running], rows)
         return cls(model, forward, remarks, alone)
 
-    def notices(self, name: str) -> list[Notice]:
+    def notices(self, each: RunningJob) -> list[Notice]:
         """Return what is to be known of the passes of a job."""
-        why = self.alone.get(name)
+        rows, why = each.run.examples, self.alone.get(each.name)
+        of_rows = notices_of(rows, self.forward.unshared) if rows[0].second else []
         alone = [f"Its steps have passes of their own: {why}."] if why else []
-        return [Notice(text) for text in (*self.remarks, *alone)]
+        return [Notice(text) for text in (*self.remarks, *of_rows, *alone)]
 
     def make(self, running: Sequence[RunningJob], tokens: int) -> None:
         """Compute one pass for as many jobs as share it, of at most so many tokens, and let those
