@@ -22,6 +22,7 @@ from veneer.errors import AdapterError, ConfigError, VeneerError
 from veneer.fused.forward import choose_forward
 from veneer.objectives.config import Objective
 from veneer.objectives.distillation import DistanceFromTeacher, Likeliest
+from veneer.training import checkpoint
 from veneer.training import teacher as teachers
 from veneer.training.begin import let_train
 from veneer.training.events import Evaluated, Step, Stopped
@@ -140,6 +141,10 @@ def test_a_run_goes_on_to_the_bit(base, teacher, tmp_path, monkeypatch):
     first = seen(stopped, tmp_path / "stopped", should_stop=lambda: next(asked))
     rest = seen(again, tmp_path / "stopped", resume=True)
     assert asked_rows == [len(ROWS), 2]
+    before = checkpoint.newest(tmp_path / "stopped").identity  # which needs no more of the disk
+    splits = {"train": ROWS, "valid": ROWS[:2]}
+    assert teachers.bytes_of_teacher(objective, splits, VOCAB, before=before) == 0
+    assert teachers.bytes_of_teacher(objective, splits, VOCAB, before={}) > 0
     assert len(of(Step, expected)) == SEVERAL.steps
     assert of(Step, first) + of(Step, rest) == of(Step, expected)
     assert of(Evaluated, first) + of(Evaluated, rest) == of(Evaluated, expected)
@@ -229,9 +234,8 @@ def test_what_a_teacher_gives_has_the_size_that_a_run_says(teacher, monkeypatch)
         objective = Objective("distill", teacher=teacher, teacher_top_k=count)
         settings = {"identity": {}, "tokens_per_batch": 30}
         (criterion,) = teachers.distillation_over(objective, {"train": ROWS}, student(), **settings)
-        assert criterion.teacher.values.nbytes == teachers.bytes_of_teacher(
-            objective, [ROWS], VOCAB
-        )
+        size = teachers.bytes_of_teacher(objective, {"train": ROWS}, VOCAB, before={})
+        assert criterion.teacher.values.nbytes == size
     monkeypatch.setattr(teachers.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
     teachers.check_space_of_teacher(10**6)
     with pytest.raises(ConfigError, match=r"needs up to 2 MB in .* a lower --teacher-top-k"):

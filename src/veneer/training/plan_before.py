@@ -54,8 +54,10 @@ def plan_before(
     if world.writes:
         needed = bytes_on_disk(plan, recipe, device)
         if recipe.objective.teacher is not None:
-            splits, vocab = (rows.examples, rows.held_out), plan.sizes.vocab
-            given = bytes_of_teacher(recipe.objective, splits, vocab)
+            splits = {"train": rows.examples, "valid": rows.held_out}
+            given = bytes_of_teacher(
+                recipe.objective, splits, plan.sizes.vocab, before=ahead.before
+            )
             if not ignore_plan:
                 check_space_of_teacher(given)
             needed["what the teacher gives"] = given

@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -114,9 +114,20 @@ def check_alone(processes: int) -> None:
         raise ConfigError("distill trains in one process; leave out --processes.")
 
 
-def bytes_of_teacher(objective: Objective, splits: Iterable[Sequence[Example]], vocab: int) -> int:
-    """Return the size of the files with what a teacher gives the rows of each split."""
-    labels = sum(int(column_of(rows, "label_counts").sum(dtype=np.int64)) for rows in splits)
+def bytes_of_teacher(
+    objective: Objective,
+    splits: Mapping[str, Sequence[Example]],
+    vocab: int,
+    *,
+    before: Mapping[str, Any],
+) -> int:
+    """Return the size of the files with what a teacher gives the rows of each split, but for those
+    that a run has written already which goes on; before: its identity, nothing where none does."""
+    labels = 0
+    for split, rows in splits.items():
+        place = place_of({"split": split, **before}, FILE, *DECIDE)
+        if not (before and place.exists()):
+            labels += int(column_of(rows, "label_counts").sum(dtype=np.int64))
     return labels * (8 * min(objective.teacher_top_k, vocab) + 4)
 
 
@@ -128,7 +139,7 @@ def check_space_of_teacher(needed: int) -> None:
             f"What the teacher gives these rows needs up to {needed / 1e6:,.0f} MB in "
             f"{cache.home()}, but the disk has {free / 1e6:,.0f} MB. Take a lower --teacher-top-k, "
             "name another place by the environment variable VENEER_CACHE, or go ahead by "
-            "--ignore-plan."
+            "--ignore-plan, as where an earlier run has computed the same."
         )
 
 
