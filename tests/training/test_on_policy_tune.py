@@ -14,6 +14,7 @@ from support.tiny_models import tiny
 from veneer.errors import ConfigError, TrainingError
 from veneer.formats.merged import write_model
 from veneer.generate.runners.compiled import CompiledRunner
+from veneer.kernels import native
 from veneer.objectives.config import Objective
 from veneer.objectives.policy_config import OnPolicy
 from veneer.plan.config import PlanConfig
@@ -114,6 +115,7 @@ def test_rewards_are_looked_at_before_the_base_is_loaded(recipe, monkeypatch):
         list(veneer.tune_many({"a": recipe}))
 
 
+@pytest.mark.skipif(native.library_of("decode")[0] is None, reason="no C++ compiler")
 def test_keys_and_values_of_answers_are_planned_as_they_are_held(recipe):
     model, longest = tiny("llama"), 300
     policy = replace(recipe.on_policy, group_size=64, max_new_tokens=200)

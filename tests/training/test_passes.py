@@ -2,7 +2,7 @@
 
 from itertools import chain
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from veneer.data.encode import UNLABELLED, Example
@@ -18,6 +18,8 @@ GROUPS = st.integers(1, 4).flatmap(
 )
 
 
+# Two short answers share a pass, and their prompt, that the long one between them has no place in.
+@example(groups=[(2, [1, 9, 1])], limit=11, shares=True)
 @given(groups=GROUPS, limit=st.integers(5, 60), shares=st.booleans())
 def test_every_sample_is_in_a_pass_that_computes_its_prompt_once(groups, limit, shares):
     examples = [
@@ -39,6 +41,8 @@ def test_every_sample_is_in_a_pass_that_computes_its_prompt_once(groups, limit, 
         tokens = len((sharing_prompts(batch) if shares else batch).tokens)
         assert tokens <= limit or len(rows) == 1
         computed += tokens
-    assert computed == sum(order.lengths)
+    assert computed <= sum(order.lengths)
+    if not shares or len(order.lengths) == len(groups):  # each group in one pass
+        assert computed == sum(order.lengths)
     if shares and len(passes) == 1:
         assert computed == sum(p + sum(a + 1 for a in own) - 1 for p, own in groups)
