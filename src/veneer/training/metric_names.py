@@ -10,7 +10,7 @@ STEPS = {
     "step": "The optimizer step, from 1 on.",
     "loss": "The mean loss of a label token, in nats, or what the objective takes the mean of.",
     "lr": "The learning rate of this step.",
-    "tokens": "Real tokens that the step computed.",
+    "tokens": "Real tokens of its rows; a prompt that rows share counts in each.",
     "label_tokens": "Tokens among them that were learnt.",
     "seconds": "How long the step took.",
     "rss_bytes": "The resident memory of the process after the step, in bytes.",
