@@ -24,8 +24,9 @@ from veneer.data.encode import Example
 from veneer.data.packing import Batch, filled_up, pack, sharing_prompts
 from veneer.fused.dealt import RotaryOfAll, length_dependent_rotaries, refuse_undealt
 from veneer.fused.head import Head, described, own_logits_and_head
-from veneer.fused.inputs import PassInputs, by_rows, padded, unread_masks
+from veneer.fused.inputs import PassInputs, unread_masks
 from veneer.fused.layers import FusedLayer
+from veneer.fused.padding import PASS_TOKENS, in_runs, pass_tokens_of, runs_of
 from veneer.fused.patches import (
     ExpertsForward,
     FusedForward,
@@ -70,9 +71,11 @@ class Forward:
     None where the model makes those of all rows; layers: those that are computed as two functions;
     recompute: what the backward pass computes again; alone: rows one by one, where not even padding
     is possible; experts: modules whose routed experts are computed as one function; tokens_step:
-    packed batches are filled up to a multiple of it, in each process; context: the processes that
-    share each batch's tokens, None where this one computes them all; shares: rows of one prompt
-    that follow each other read its keys and values, computed once; unshared: why they do not.
+    packed batches are filled up to a multiple of it, in each process; pass_tokens: others are cut
+    into passes of rows of like length, one more where it saves so many tokens of padding; context:
+    the processes that share each batch's tokens, None where this one computes them all; shares:
+    rows of one prompt that follow each other read its keys and values, computed once; unshared: why
+    they do not.
     """
 
     packed: bool
@@ -83,6 +86,7 @@ class Forward:
     alone: bool = False
     experts: tuple[nn.Module, ...] = ()
     tokens_step: int = TOKENS_STEP
+    pass_tokens: float = PASS_TOKENS
     context: ContextGroup | None = None
     shares: bool = False
     unshared: str | None = None
@@ -127,18 +131,14 @@ class Forward:
                 arguments = {"input_ids": tokens[None], "position_ids": positions[None]}
                 options = {"packing": packing} if installation.attention else {}
                 return self._losses(installation, send(arguments, labels), token_loss, **options)
-            if self.alone:
-                rows = zip(by_rows(tokens, lengths), by_rows(labels, lengths), strict=True)
-                inputs = [send({"input_ids": row[None]}, row_labels) for row, row_labels in rows]
-                firsts = accumulate((len(each.labels.targets) for each in inputs), initial=0)
-                losses = [
-                    self._losses(installation, each, token_loss and From(token_loss, first))
-                    for each, first in zip(inputs, firsts, strict=False)
-                ]
-                return torch.cat(losses)
-            arguments, places = padded(tokens, lengths)
-            inputs_of_all = send(arguments, labels, places=places)
-            return self._losses(installation, inputs_of_all, token_loss)
+            runs = [[n] for n in lengths] if self.alone else runs_of(lengths, self.pass_tokens)
+            inputs = [
+                send(arguments, own_labels, places=places)
+                for arguments, own_labels, places in in_runs(tokens, labels, runs)
+            ]
+            firsts = accumulate((len(each.labels.targets) for each in inputs), initial=0)
+            offset = (token_loss and From(token_loss, first) for first in firsts)
+            return torch.cat([*map(partial(self._losses, installation), inputs, offset)])
 
     def exchanges(self, model: PreTrainedModel) -> bool:
         """Return whether a pass of this process waits for those of others."""
@@ -304,6 +304,7 @@ def choose_forward(
         *(not why_not_packed, head, layers, unfused, recompute),
         alone=bool(why_not_padded),
         experts=experts,
+        pass_tokens=pass_tokens_of(model, has_experts=bool(routed)),
         context=context,
         shares=answer_one_prompt and not why_not_shares,
         unshared=why_not_shares if answer_one_prompt else None,

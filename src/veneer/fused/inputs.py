@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -49,17 +48,6 @@ class PassInputs:
         return cls(by_name, Labelled(places_of_labels, on_device, *bounds(targets)))
 
 
-def padded(
-    tokens: NDArray[np.int64], lengths: Sequence[int]
-) -> tuple[dict[str, NDArray[np.int64]], NDArray[np.int64]]:
-    """Return packed rows as padded ones, (rows, longest), with their mask; and where the tokens are
-    among these, (tokens,). Padding is a token of the batch, as packed batches are filled up."""
-    mask = np.arange(max(lengths)) < np.array(lengths)[:, None]
-    rows = np.full(mask.shape, tokens[0])
-    rows[mask] = tokens
-    return {"input_ids": rows, "attention_mask": mask.astype(np.int64)}, np.flatnonzero(mask)
-
-
 @contextmanager
 def unread_masks(device: torch.device) -> Iterator[None]:
     """Let transformers take each mask as one that hides something, instead of reading from a device
@@ -74,8 +62,3 @@ def unread_masks(device: torch.device) -> Iterator[None]:
         yield
     finally:
         module.is_tracing = before
-
-
-def by_rows(packed: NDArray[np.int64], lengths: Sequence[int]) -> list[NDArray[np.int64]]:
-    """Return each row of packed numbers, (tokens,)."""
-    return np.split(packed, list(accumulate(lengths))[:-1])
