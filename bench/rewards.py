@@ -1,9 +1,9 @@
-"""A skill that rewards teach: sums of three numbers in a required format, by GRPO.
+"""A skill that rewards teach by GRPO: lists in JSON, or sums in a required format.
 
-    python -m bench.rewards --steps 400 --until 0.85
+    python -m bench.rewards --skill lists --steps 400 --until 0.85
     python -m bench.rewards --steps 3 --beside-trl
 
-Each step draws answers, judges them by a pattern and by the sum, and learns. What comes out are the
+Each step draws answers, judges them (bench/skills.py), and learns. What comes out are the
 rewards of the first and the last steps, the reward on prompts that were never trained on, how far
 sampler and trainer are apart, and where the time goes. A run ends after its steps, after so many
 minutes of training, or as soon as the mean reward of five steps has come so far. With --beside-trl
@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -25,44 +23,17 @@ from typing import Any
 import torch
 
 import veneer
-from veneer.data.problems import Located, Place
-from veneer.data.questions import Question
-from veneer.data.rows import Message
+from bench.skills import Skill, lists, sums
 from veneer.generate.samples import SampleDecoder
 from veneer.models.end_tokens import end_tokens
 from veneer.objectives.config import Objective
 from veneer.objectives.policy_config import OnPolicy
-from veneer.rewards.checkers import Matches
 from veneer.rewards.judged import Answered, Weighted, judge
 from veneer.run_directory import RunDirectory
 from veneer.training.events import Notice, Step
 from veneer.training.metrics import record
 from veneer.training.on_policy.prompts import Prompts, encoded
 from veneer.training.on_policy.run import context_of, train_on_policy
-
-RIGHT, SHAPE = r"^The sum is (?<answer>\d+)\.$", r"^The sum is \d+\.$"
-REWARDS = [Weighted(Matches(RIGHT, name="right"), 0.8), Weighted(Matches(SHAPE, name="shape"), 0.2)]
-SHOWN = ((2, 3, 4), (5, 1, 2))  # examples of the form, before each question
-
-
-def sums(count: int, *, largest: int, seed: int) -> list[Located[Question]]:
-    """Return questions for the sum of three numbers from 1 to `largest`, each behind two examples
-    of the form."""
-    draw = random.Random(seed)
-    rows = []
-    for i in range(count):
-        numbers = [draw.randint(1, largest) for _ in range(3)]
-        turns = []
-        for shown in SHOWN:
-            turns.append(Message("user", _asked(shown)))
-            turns.append(Message("assistant", f"The sum is {sum(shown)}."))
-        question = Question((*turns, Message("user", _asked(numbers))), (str(sum(numbers)),))
-        rows.append(Located(question, Place("sums", i + 1)))
-    return rows
-
-
-def _asked(numbers: Sequence[int]) -> str:
-    return f"What is {' + '.join(map(str, numbers))}?"
 
 
 def decoder_of(base: Any, prompts: Prompts, config: OnPolicy) -> SampleDecoder:
@@ -143,6 +114,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--minutes", type=float, default=20.0, help="of training, at most")
     parser.add_argument("--until", type=float, help="mean reward of five steps at which it ends")
+    parser.add_argument("--skill", choices=("lists", "sums"), default="sums")
     parser.add_argument("--largest", type=int, default=9, help="number in a sum")
     parser.add_argument("--lr", type=float)
     parser.add_argument("--rank", type=int, default=16)
@@ -168,14 +140,13 @@ def main() -> None:
         loss_level=args.loss_level,
         scale_rewards=not args.plain_rewards,
     )
-    rewards = [replace(REWARDS[0], weight=1 - args.shape_weight)]
-    rewards += [replace(REWARDS[1], weight=args.shape_weight)] * bool(args.shape_weight)
+    skill = skill_of(args)
     limits = {"context": context_of(base.model.config), "max_new_tokens": args.max_new_tokens}
-    prompts = encoded(sums(500, largest=args.largest, seed=1), base.tokenizer, **limits)
-    held_out = encoded(sums(args.held_out, largest=args.largest, seed=2), base.tokenizer, **limits)
+    prompts = encoded(skill.training, base.tokenizer, **limits)
+    held_out = encoded(skill.held_out, base.tokenizer, **limits)
     if args.beside_trl:
         beside_generate(base, prompts, config, rounds=3)
-    before = reward_on(base, held_out, config, rewards)
+    before = reward_on(base, held_out, config, skill.rewards)
     print(f"held-out reward before: {before:.3f}", flush=True)
     directory = None if args.out is None else RunDirectory(args.out)
     begun, process = time.perf_counter(), time.process_time()
@@ -191,7 +162,7 @@ def main() -> None:
         veneer.TrainConfig(steps=args.steps, lr=args.lr, schedule="constant"),
         objective=Objective("grpo"),
         on_policy=config,
-        rewards=rewards,
+        rewards=skill.rewards,
         directory=directory,
         should_stop=is_over,
     )
@@ -204,7 +175,7 @@ def main() -> None:
             print(
                 f"{time.perf_counter() - begun:6.0f} s  step {event.step:4d}  "
                 f"reward {m.get('reward', 0):.3f}  of five {reward_of(steps[-5:]):.3f}  "
-                f"right {m.get('reward/right', 0):.3f}  equal {m['equal_groups']:.2f}  "
+                f"equal {m['equal_groups']:.2f}  "
                 f"entropy {m['entropy']:.2f}  tokens {m['answer_tokens']:.1f}  gap "
                 f"{m['sampler_gap']:.2e} (most {m['largest_sampler_gap']:.2e})  "
                 f"{m['sample_tokens_per_second']:.0f} tokens/s drawn",
@@ -221,9 +192,15 @@ def main() -> None:
         "mean_gap": max(step.metrics["sampler_gap"] for step in steps),
         "largest_gap": max(step.metrics["largest_sampler_gap"] for step in steps),
         "held_out_before": round(before, 3),
-        "held_out_after": round(reward_on(base, held_out, config, rewards), 3),
+        "held_out_after": round(reward_on(base, held_out, config, skill.rewards), 3),
     }
     print(json.dumps(figures))
+
+
+def skill_of(args: argparse.Namespace) -> Skill:
+    if args.skill == "lists":
+        return lists(args.held_out)
+    return sums(args.held_out, largest=args.largest, shape_weight=args.shape_weight)
 
 
 def reward_of(steps: Sequence[Step]) -> float:
