@@ -21,7 +21,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import Qwen3MoeConfig
 
@@ -30,6 +29,7 @@ from bench.limit import drop_caches, limited
 from bench.random_base import write_random_base
 from bench.walk import bytes_read, watched
 from bench.workloads import random_rows
+from veneer.models.dtype import resolve_dtype
 from veneer.models.fingerprint import parameter_count
 from veneer.models.load import load_skeleton
 from veneer.models.stored import load_quantized
@@ -51,7 +51,7 @@ def train(base: Path, asked: argparse.Namespace) -> dict[str, Any]:
     runs = []
     with watched() as peaks:
         start = time.perf_counter()
-        model = load_quantized(base, load_skeleton(base), torch.bfloat16)
+        model = load_quantized(base, load_skeleton(base), resolve_dtype(asked.dtype))
         veneer.attach(model, veneer.LoRA(rank=16, targets=asked.targets), seed=0)
         routed = count_routed(model)
         loaded = time.perf_counter() - start
@@ -114,7 +114,7 @@ def apart(asked: argparse.Namespace, enter: Callable[[], None] | None = None) ->
     drop_caches()
     command = [sys.executable, "-m", "bench.mixture_on_disk", "--here", "--out", str(asked.out)]
     command += ["--tokens", *map(str, asked.tokens), "--steps", str(asked.steps)]
-    command += ["--recompute", asked.recompute, "--targets", *asked.targets]
+    command += ["--dtype", asked.dtype, "--recompute", asked.recompute, "--targets", *asked.targets]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, preexec_fn=enter)
     if done.returncode:
         sys.exit(f"ended with {done.returncode}")
@@ -131,6 +131,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--targets", nargs="+", default=["all"])
+    parser.add_argument("--dtype", default="auto", help="that products are computed in")
     parser.add_argument("--recompute", default="selective")
     parser.add_argument(
         "--balanced",
