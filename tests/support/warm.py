@@ -21,6 +21,8 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -154,15 +156,38 @@ def keep(connection: socket.socket) -> list[str]:
     os._exit(0)
 
 
-if __name__ == "__main__":
-    arguments = serve(sys.argv[1])
-    # As Python itself takes them; -P only keeps modules out that lie in the current folder.
+def run(arguments: list[str]) -> int:
+    """Run a module or a script as Python itself does, and return its exit code."""
+    # -P only keeps modules out that lie in the current folder.
     if arguments[0] == "-P":
         del arguments[0]
-    if arguments[0] == "-m":
-        sys.argv = arguments[1:]
-        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
-    else:
-        sys.argv = arguments
-        sys.path.insert(0, str(Path(arguments[0]).parent))
-        runpy.run_path(arguments[0], run_name="__main__")
+    try:
+        if arguments[0] == "-m":
+            sys.argv = arguments[1:]
+            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = arguments
+            sys.path.insert(0, str(Path(arguments[0]).parent))
+            runpy.run_path(arguments[0], run_name="__main__")
+    except SystemExit as end:
+        if not isinstance(end.code, int | None):
+            raise
+        return end.code or 0
+    return 0
+
+
+def end(code: int) -> None:
+    """End the process as Python does, without taking apart all that it shares with the one that it
+    was forked from: every page would be copied for that, which takes longer than most programs."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    code = run(serve(sys.argv[1]))
+    with suppress(Exception):  # a stream is gone, which Python has its own words for
+        end(code)
+    sys.exit(code)
