@@ -222,13 +222,14 @@ _OTHERS = [
     for each in every_architecture.MODEL_TYPES
     if each not in {*_EACH, *every_architecture.NO_MODEL, *NUMBERS_NEEDED, *_FLOAT32}
 ]
-_STATES = ("mamba", "mamba2", "falcon_h1")  # in which virtual tokens have no place
+# Virtual tokens have no place in a state, nor where values are narrower than keys.
+_NO_PREFIX = ("mamba", "mamba2", "falcon_h1", "minicpm3")
 _ALL = [
     (each, kind, way)
     for each in _EACH
     for kind in KINDS
     for way in WAYS
-    if not (kind == "prefix" and each in _STATES)
+    if not (kind == "prefix" and each in _NO_PREFIX)
 ]
 _ALL += [(each, "lora", "packed") for each in _OTHERS]
 SLOW_CASES: dict[str, Callable[[], Any]] = {
