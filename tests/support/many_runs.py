@@ -57,13 +57,9 @@ def one_by_one(forward: Any, model: Any, batches: Any, **_: Any) -> Tensor:
     """Return the losses of a pass for each batch alone: what `backward_together` has to equal."""
     losses = []
     for each in batches:
-        before = torch.get_rng_state()
-        torch.set_rng_state(each.generator.get_state())
-        with acting(model, each.adapter):
+        with acting(model, each.adapter), each.random.drawn():
             loss = each.loss(forward.losses(model, each.batch))
             (loss / each.divisor).backward()
-        each.generator.set_state(torch.get_rng_state())
-        torch.set_rng_state(before)
         losses.append(loss.detach())
     return torch.stack(losses)
 
