@@ -148,6 +148,7 @@ BESIDE["teacher"] = {"objective": "distill"}
 SAMPLES = {"objective": "grpo", "reward": "exact"}
 BESIDE |= dict.fromkeys(VALUES["on_policy"], SAMPLES)
 BESIDE["reward"] = {"objective": "grpo"}
+BESIDE["eval_answers"] = SAMPLES | {"eval_data": "held_out"}
 # What follows from a setting that is left as it is.
 FOLLOWS = {"rank": ["alpha"]}
 FOLLOWS |= {n: ["method", "trained_blocks"] for n in BESIDE if n.startswith("train")}
@@ -343,7 +344,7 @@ def test_settings_of_a_recipe_arrive_together_and_are_read_back(caught, tmp_path
 def test_settings_of_samples_are_read_back_as_the_same_recipe(caught, tmp_path):
     given = {name: value for name, (value, _) in VALUES["on_policy"].items()}
     given |= {"model": "m", "data": "d", "objective": "grpo", "reward": ["exact", "a.py:f"]}
-    given |= {"reward_weights": [1, 0.5], "reward_seconds": None}
+    given |= {"reward_weights": [1, 0.5], "reward_seconds": None, "eval_data": "held_out"}
     assert run(["tune", "--config", str(write_recipe(tmp_path / "all.yaml", given))]) == 0
     first = caught.recipe
     assert first.on_policy.weights == (1.0, 0.5)
