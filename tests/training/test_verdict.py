@@ -1,6 +1,7 @@
 """The verdict on a run, from curves of loss of which everybody sees what became of it."""
 
 import math
+import random
 
 import pytest
 
@@ -155,6 +156,21 @@ def test_a_run_on_samples_is_judged_by_its_rewards(rewards, equal, kind, says):
     verdict = judge(lines, usual_lr=1e-4)
     assert verdict.kind == kind
     assert says in verdict.text
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.5])
+def test_luck_is_seldom_taken_for_learning(share):
+    """Answers succeed by chance alone: hardly ever in some runs, where most changes are none."""
+    kinds = []
+    for seed in range(100):
+        chance = random.Random(seed)
+        rewards = [sum(chance.random() < share for _ in range(8)) / 8 for _ in range(60)]
+        lines = [
+            {"step": i, "loss": 0.0, "lr": 1e-4, "reward": reward, "equal_groups": 0.5}
+            for i, reward in enumerate(rewards, 1)
+        ]
+        kinds.append(judge(lines, usual_lr=1e-4).kind)
+    assert kinds.count("hardly learnt") >= 85
 
 
 def test_a_run_whose_rewards_all_failed_is_not_judged_by_its_loss():
