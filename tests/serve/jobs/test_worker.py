@@ -1,5 +1,6 @@
 """The true worker: what it trains is what `tune` trains, to the bit, whatever kills its server."""
 
+import errno
 import json
 import math
 import os
@@ -12,7 +13,7 @@ from support.jobs import ROWS, client_of, lines, serving, until, until_step, upl
 from support.recipes import small_run
 from veneer.cli.app import run as veneer_cli
 from veneer.errors import ConfigError, DataError, StorageError, TrainingError
-from veneer.files import read_tensors, write_json
+from veneer.files import read_tensors, storage_error, write_json
 from veneer.run_directory import RunDirectory, checkpoint_steps
 from veneer.serve.jobs.log import End, read_on
 from veneer.serve.jobs.messages import event_of
@@ -161,6 +162,15 @@ def test_each_kind_of_error_has_its_code():
         "server_error": ValueError(),
     }
     assert [fault_of(error).code for error in errors.values()] == [*errors]
+
+
+def test_an_error_of_the_disk_shows_the_client_no_path(small, tmp_path, capsys):
+    log = asked(small, tmp_path / "run")
+    Work(tmp_path / "run", 1, Asked(None)).fail(storage_error(OSError(errno.ENOSPC, ""), tmp_path))
+    fault = end_of(log).fault
+    assert (fault.code, str(tmp_path) in fault.message) == ("disk_failed", False)
+    assert "resume the job" in fault.message
+    assert f"{tmp_path} cannot be written: the disk is full" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -32,6 +32,9 @@ from veneer.serve.jobs.values import Fault, JobEvent, WorkerFiles
 from veneer.training.events import Ended, Event, Failed, Started, Stopped, Verdict
 from veneer.training.recipe import Recipe
 
+# What a client is told; which file it is and why is for who has the server, in the worker's output.
+DISK_FAILED = "The server's disk is full, or fails. What was saved is kept: resume the job once there is room."
+
 NICENESS = 10  # behind the server, wherever both want a processor
 PR_SET_PDEATHSIG = 1
 
@@ -110,8 +113,10 @@ class Work:
         """Write by which error the job ended: its own, where one that names jobs is about that."""
         if isinstance(error, ConfigError) and isinstance(error.__cause__, VeneerError | OSError):
             error = error.__cause__
-        if not isinstance(error, VeneerError | OSError):
+        if not isinstance(error, VeneerError):
             traceback.print_exception(error)
+        elif isinstance(error, OSError):
+            print(error, file=sys.stderr)
         fault = fault_of(error)
         rows = self.settings["rows"]
         sources = [
@@ -275,7 +280,7 @@ def fault_of(error: Exception) -> Fault:
         case ConfigError():
             return Fault("invalid_settings", str(error))
         case OSError():  # a StorageError is one too
-            return Fault("disk_failed", str(error))
+            return Fault("disk_failed", DISK_FAILED)
         case VeneerError():
             return Fault("training_failed", str(error))
     return Fault(
