@@ -131,8 +131,7 @@ def _by_rewards(
         )
     size = max(math.ceil(WINDOW * len(rewards)), min(MOST_IN_SHORT, len(rewards) // 4), 1)
     first, last = fmean(rewards[:size]), fmean(rewards[-size:])
-    # Most rewards may be 0, and so the median change: σ² is half of the mean squared change instead,
-    # which bounded rewards allow.
+    # Most rewards may be 0, and so the median change: half of the mean squared change is σ² here.
     variance = fmean([(b - a) ** 2 for a, b in pairwise(rewards)] or [0.0]) / 2
     noise = STANDARD_ERRORS * math.sqrt(variance * 2 / size)
     what = f"reward {first:.3f} → {last:.3f} in {len(steps)} steps"

@@ -32,8 +32,8 @@ from veneer.serve.jobs.values import Fault, JobEvent, WorkerFiles
 from veneer.training.events import Ended, Event, Failed, Started, Stopped, Verdict
 from veneer.training.recipe import Recipe
 
-# What a client is told; which file it is and why is for who has the server, in the worker's output.
-DISK_FAILED = "The server's disk is full, or fails. What was saved is kept: resume the job once there is room."
+# What a client is told; which file it was, and why, is for the worker's output.
+DISK_FAILED = "The disk of the server is full, or fails. The job can be resumed when there is room."
 
 NICENESS = 10  # behind the server, wherever both want a processor
 PR_SET_PDEATHSIG = 1
