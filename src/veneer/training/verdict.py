@@ -23,6 +23,9 @@ WINDOW, SHORT_WINDOW, MOST_IN_SHORT = 0.05, 0.25, 4
 # Two means differ where they are two standard errors apart, as in any test at 95 %. With fewer
 # steps than this the error is not known, and only half of the loss is a difference.
 STANDARD_ERRORS, FEW_STEPS, CLEAR = 2.0, 4, 0.5
+# Rewards of fewer steps than these say little of their own noise: no difference is believed. That a
+# run has lost its way, which ends it in an error, has to be clearer than that it has learnt.
+FEW_REWARDS, SURE = 8, 1.5
 # σ of a noise is 1.048 times the median difference of neighbours: they differ by √2 σ · N(0, 1),
 # whose absolute value has the median 0.6745. The median does not see the few steps of a steep fall.
 SIGMA = 1.048
@@ -134,6 +137,8 @@ def _by_rewards(
     # Most rewards may be 0, and so the median change: half of the mean squared change is σ² here.
     variance = fmean([(b - a) ** 2 for a, b in pairwise(rewards)] or [0.0]) / 2
     noise = STANDARD_ERRORS * math.sqrt(variance * 2 / size)
+    if len(rewards) < FEW_REWARDS:
+        noise = math.inf
     what = f"reward {first:.3f} → {last:.3f} in {len(steps)} steps"
     if len(evaluations) > 1:
         best = max(evaluations, key=lambda line: line["eval_reward"])
@@ -141,7 +146,7 @@ def _by_rewards(
         what += f", held-out reward {start:.3f} → {reached:.3f} at step {best['step']}, kept"
     if last - first > noise:
         return Verdict("learnt", f"Learnt: {what}. samples.html shows what was said.")
-    if first - last > noise:
+    if first - last > SURE * noise and last < CLEAR * first:
         advice = "Try a lower --lr, or a --kl-weight that holds the model to its base."
         return Verdict("diverged", f"The run diverged: {what}. {advice}")
     equal = fmean(line.get("equal_groups", 0.0) for line in steps)
