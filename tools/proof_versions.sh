@@ -24,7 +24,7 @@ laws() { # WHICH, of the environment that `install` has made
   PYTHONPATH=src "$scratch/venv/bin/python" -m pytest -n "${JOBS:-2}" -p no:cacheprovider ${LAWS:-tests/laws}
 }
 
-install "$lowest" lowest-direct .
+install "$lowest" lowest-direct ".[serve]"
 laws "$lowest, the lowest versions"
 
 for python in python3.11 python3.12 python3.13; do
@@ -33,6 +33,6 @@ for python in python3.11 python3.12 python3.13; do
     echo "$python is not on this machine; .github/workflows/ci.yml has it"
     continue
   fi
-  install "$python" highest .
+  install "$python" highest ".[serve]"
   laws "$python, the newest versions"
 done
