@@ -140,7 +140,7 @@ def test_from_an_empty_server_to_a_downloaded_adapter(
         hand.press(page.get_by_role("link", name="Compare"))
         expect(page.locator("#title-compare")).to_be_focused()
         boxes = page.locator("#compare-models input")
-        expect(page.get_by_label(name, exact=True)).to_be_attached()
+        expect(page.locator(f"#compare-models input[value='{name}']")).to_be_attached()
         marked = boxes.evaluate_all("all => all.map(box => [box.value, box.checked])")
         for box, is_marked in marked:
             if is_marked != (box in ("llama", name)):
