@@ -72,6 +72,7 @@ def each(rule: Rule) -> Rule:
 NUMBER = Rule(lambda value: _is_number(value), "a number")
 ABOVE_0 = Rule(lambda value: _is_number(value) and value > 0, "a number above 0")
 FRACTION = Rule(lambda value: _is_number(value) and 0 < value <= 1, "above 0 and at most 1")
+BETWEEN_0_AND_1 = Rule(lambda value: _is_number(value) and 0 < value < 1, "above 0 and below 1")
 BOOLEAN = Rule(lambda value: isinstance(value, bool), "true or false")
 TEXT = Rule(lambda value: isinstance(value, str), "a text")
 PATH = Rule(lambda value: isinstance(value, str | os.PathLike), "a path", Path)

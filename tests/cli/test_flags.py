@@ -84,7 +84,9 @@ VALUES: dict[str, dict[str, tuple[object, object]]] = {
         "reward_centre": (0.01, 0.01),
         "reference": ("start", "start"),
         "teacher": ("a/teacher", "a/teacher"),
+        "on_policy": (True, True),
         "divergence": ("reverse", "reverse"),
+        "jsd_beta": (0.25, 0.25),
         "teacher_top_k": (16, 16),
         "distill_temperature": (1.5, 1.5),
     },
@@ -143,14 +145,15 @@ BESIDE |= {n: {"objective": "kto"} for n in ("desirable_weight", "undesirable_we
 BESIDE |= {"simpo_margin": {"objective": "simpo"}, "nll_weight": {"objective": "cpo"}}
 BESIDE |= {"reward_centre": {"objective": "reward"}}
 TAUGHT = {"objective": "distill", "teacher": "a/teacher"}
-BESIDE |= dict.fromkeys(("divergence", "teacher_top_k", "distill_temperature"), TAUGHT)
+BESIDE |= dict.fromkeys(("divergence", "teacher_top_k", "distill_temperature", "on_policy"), TAUGHT)
+BESIDE["jsd_beta"] = TAUGHT | {"divergence": "jsd"}
 BESIDE["teacher"] = {"objective": "distill"}
 SAMPLES = {"objective": "grpo", "reward": "exact"}
 BESIDE |= dict.fromkeys(VALUES["on_policy"], SAMPLES)
 BESIDE["reward"] = {"objective": "grpo"}
 BESIDE["eval_answers"] = SAMPLES | {"eval_data": "held_out"}
 # What follows from a setting that is left as it is.
-FOLLOWS = {"rank": ["alpha"]}
+FOLLOWS = {"rank": ["alpha"], "on_policy": ["divergence"]}
 FOLLOWS |= {n: ["method", "trained_blocks"] for n in BESIDE if n.startswith("train")}
 FOLLOWS |= {n: ["virtual_tokens"] for n in ("virtual_tokens", "prefix_mlp", "prompt_text")}
 METHODS = ("lora", "full", "freeze", "prefix", "prompt")
@@ -358,6 +361,7 @@ def test_an_objective_s_settings_are_read_back_as_the_same_recipe(caught, tmp_pa
     for flags in (
         ["--objective", "dpo", "--beta", "0.3", "--label-smoothing", "0.1", "--reference", "start"],
         ["--objective", "kto", "--desirable-weight", "1.5"],
+        ["--objective", "distill", "--teacher", "t", "--on-policy", "--group-size", "1"],
     ):
         assert run(["tune", "m", "d", *flags]) == 0
         first = caught.recipe

@@ -20,6 +20,7 @@ from veneer.data.encode import Example
 from veneer.data.packing import pack
 from veneer.errors import AdapterError, ConfigError, VeneerError
 from veneer.fused.forward import choose_forward
+from veneer.models.load import skeleton_of
 from veneer.objectives.config import Objective
 from veneer.objectives.distillation import DistanceFromTeacher, Likeliest
 from veneer.training import checkpoint
@@ -99,6 +100,18 @@ def test_with_the_whole_vocabulary_it_is_the_divergence_itself(teacher):
     assert in_use(model) == names
     assert [*trained_weights(model)] == trains
     assert [type(module) for module in model.modules()] == modules
+
+
+@pytest.mark.parametrize("method", ["prefix", "prompt"])
+def test_virtual_tokens_teach_rows(method, tmp_path):
+    other = veneer.attach(tiny("llama"), veneer.Method(method, virtual_tokens=2))
+    veneer.save(shake(other, size=0.2), tmp_path / "teacher")
+    skeleton = skeleton_of(other.config)
+    assert teachers.read_teacher(str(tmp_path / "teacher"), skeleton).config.method == method
+    objective = Objective("distill", teacher=str(tmp_path / "teacher"))
+    course = replace(SEVERAL, steps=1, tokens_per_step=1000)
+    (step,) = of(Step, run(student(), objective, course))
+    assert step.loss >= 1e-3
 
 
 def test_fewer_tokens_are_at_most_as_far(teacher):

@@ -10,7 +10,12 @@ from torch import Tensor, nn
 import veneer
 from veneer.errors import ConfigError
 from veneer.kernels.cross_entropy import PLAIN, Labelled, Logits, labelled_cross_entropy, losses_of
-from veneer.objectives.distillation import DistanceFromTeacher, Likeliest
+from veneer.objectives.distillation import (
+    DistanceFromTeacher,
+    Likeliest,
+    divergence_of,
+    forward_kl,
+)
 
 ROWS, VOCAB = 5, 13
 CAPPED = Logits(scale=0.7, softcap=3.0)
@@ -34,7 +39,8 @@ def taught(z: Tensor, k: int, *, logits: Logits, temperature: float, divergence:
     others = log_p.scatter(1, tokens, -math.inf).logsumexp(-1, keepdim=True)
     exact = torch.cat([own, others], dim=1)
     torch.testing.assert_close(noted.log_p[0], exact.float())
-    return DistanceFromTeacher(tokens, exact, divergence, temperature)
+    way = divergence_of(veneer.Objective("distill", teacher="t", divergence=divergence))
+    return DistanceFromTeacher(tokens, exact, way, temperature)
 
 
 def written_out(z: Tensor, teacher: Any, *, logits: Logits) -> Tensor:
@@ -47,7 +53,7 @@ def written_out(z: Tensor, teacher: Any, *, logits: Logits) -> Tensor:
             buckets.append(torch.stack(others).sum())
         own = torch.stack(buckets)
         p = teacher.log_p[row, : len(own)].exp()
-        first, second = (p, own) if teacher.divergence == "forward" else (own, p)
+        first, second = (p, own) if teacher.divergence is forward_kl else (own, p)
         losses.append((first * (first / second).log()).sum() * teacher.temperature**2)
     return torch.stack(losses)
 

@@ -177,8 +177,8 @@ def test_the_first_update_is_measured_from_itself():
 
 
 def test_settings_that_cannot_be_are_listed_at_once():
-    with pytest.raises(ConfigError, match=r"group_size is 1.*loss_level is 'row'"):
-        OnPolicy(group_size=1, loss_level="row")
+    with pytest.raises(ConfigError, match=r"group_size is 0.*loss_level is 'row'"):
+        OnPolicy(group_size=0, loss_level="row")
     with pytest.raises(ConfigError, match="reward_weights has 1 numbers for 2 rewards"):
         OnPolicy(reward=("exact", "tests"), reward_weights=(1.0,))
     with pytest.raises(ConfigError, match=r"reward_weights.*a number, each; reward_seconds.*above"):

@@ -14,6 +14,7 @@ import torch
 
 import veneer
 from support.every_architecture import small_quantized
+from support.prompts import prompts
 from support.random_adapters import tokenizer, trained_weights
 from support.runs import new_model, of
 from veneer.data.problems import Located, Place
@@ -60,14 +61,6 @@ class Failing(Vowels):
         if len(answer.text) % 3 == 1:
             raise RewardFault("raised", "ValueError: no.")
         return math.nan if len(answer.text) % 3 == 2 else 1.0
-
-
-def prompts(texts=("Name a fruit", "Say it again", "And now?"), **options):
-    rows = [
-        Located(Question((Message("user", text),), ("apple",)), Place("prompts.jsonl", i + 1))
-        for i, text in enumerate(texts)
-    ]
-    return encoded(rows, tokenizer(), **{"context": 60, "max_new_tokens": 6} | options)
 
 
 def test_a_date_in_a_row_that_graders_read_is_of_the_prompts_identity():

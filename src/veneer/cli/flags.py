@@ -29,7 +29,7 @@ MethodFlags = _flat("What trains")
 LoRAFlags = _flat("Low-rank adapters")
 TrainFlags = _flat("Training")
 ObjectiveFlags = _flat("Objective")
-OnPolicyFlags = _flat("Samples and rewards (grpo, rloo)")
+OnPolicyFlags = _flat("Samples and rewards (grpo, rloo, distill --on-policy)")
 RowFlags = _flat("Rows")
 Loaded = _flat("Base")
 # For a bool: there is no --no-... of it.

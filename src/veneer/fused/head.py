@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,9 @@ from transformers import PreTrainedModel
 
 from veneer.adapter.layers import AdaptedLayer
 from veneer.kernels.cross_entropy import (
+    CHUNK_LOGITS,
     PLAIN,
+    From,
     Labelled,
     Logits,
     TokenLoss,
@@ -61,6 +63,9 @@ class Head:
         """Return −log p of the label of each labelled row, or its token_loss, (labelled,); hidden
         (tokens, dim). again: the context of what the backward pass computes once more."""
         hidden, head = hidden.to(self.dtype or hidden.dtype), self._module(model)
+        of_all = token_loss.of_all if isinstance(token_loss, From) else token_loss
+        if isinstance(of_all, NotedStates):
+            return of_all.note(hidden[labelled.rows])
         with whole(head):  # whose weight is read without a call
             acting = head.acting_parameters() if isinstance(head, AdaptedLayer) else None
             return labelled_cross_entropy(
@@ -72,6 +77,38 @@ class Head:
 
     def _module(self, model: PreTrainedModel) -> nn.Module:
         return _module(model) if self.path is None else model.get_submodule(self.path)
+
+
+@dataclass(eq=False)
+class NotedStates:
+    """Notes what a head reads at the labelled rows of a pass, of which `logits` makes their logits
+    a few at a time; where a model makes the logits of all rows itself, these. It stands where a
+    token loss does, and is zero."""
+
+    model: PreTrainedModel
+    head: Head | None
+    step_logits: ClassVar[int] = CHUNK_LOGITS
+    states: list[Tensor] = field(default_factory=list)
+
+    def __call__(self, z: Tensor, first: int, out: Tensor, logits: Logits) -> tuple[Tensor, Tensor]:
+        """Note logits."""
+        return self.note(logits(z)), out.zero_()
+
+    def note(self, states: Tensor) -> Tensor:
+        """Note what the next labelled rows have, (rows, dim), and return a loss of each."""
+        self.states.append(states.detach())
+        return states.new_zeros(len(states), dtype=torch.float32)
+
+    def logits(self, first: int, count: int) -> Tensor:
+        """Return the logits of labelled rows, (count, vocab), float32 or wider, by the head as it
+        acts now."""
+        if len(self.states) > 1:
+            self.states = [torch.cat(self.states)]
+        z = self.states[0][first : first + count]
+        if self.head is not None:
+            z = self.head.product(self.model, z)
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        return z if self.head is None else self.head.logits(z)
 
 
 def own_logits_and_head(

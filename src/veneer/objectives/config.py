@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from veneer.checks import ABOVE_0, TEXT, at_least, check_config, one_of, whole_number
+from veneer.checks import (
+    ABOVE_0,
+    BETWEEN_0_AND_1,
+    BOOLEAN,
+    TEXT,
+    at_least,
+    check_config,
+    one_of,
+    whole_number,
+)
 from veneer.data.rows import RowShape
 
 ObjectiveName = Literal[
     "sft", "dpo", "ipo", "simpo", "orpo", "kto", "cpo", "reward", "distill", "grpo", "rloo"
 ]
 Reference = Literal["base", "start"]
-Divergence = Literal["forward", "reverse"]
+Divergence = Literal["forward", "reverse", "jsd"]
 
 # TRL's defaults, but for SimPO, whose authors advise 2 to 2.5, and half of that for its margin.
 USUAL_BETA: Mapping[ObjectiveName, float] = {
@@ -60,20 +69,32 @@ class Objective:
     """The model that preferences are measured from: the base without any adapter, or the model
     as the run starts (start), such as with the adapter of --from."""
     teacher: str | None = None
-    """Directory of another adapter over the same base, whose probabilities are learnt; of
-    distill."""
-    divergence: Divergence = "forward"
-    """How far the student is from its teacher: by what the teacher may say (forward), or by what
-    the student says (reverse); of distill."""
+    """Directory of another adapter over the same base, whose probabilities are learnt; with
+    on_policy also base, the model without any adapter, or the name of another model with the same
+    vocabulary; of distill."""
+    on_policy: bool = False
+    """Let the rows be prompts, and learn what the teacher gives the student's own answers to them,
+    by the settings of samples; of distill."""
+    divergence: Divergence | None = None
+    """How far the student is from its teacher: by what the teacher may say (forward; the usual one
+    of given answers), by what the student says (reverse; that with on_policy), or by how far both
+    are from their mixture (jsd); of distill."""
+    jsd_beta: float = 0.5
+    """The teacher's share in that mixture; of divergence jsd."""
     teacher_top_k: int = 64
     """How many of the teacher's likeliest tokens count one by one, all others together; of distill.
-    They are kept on the disk: 8 bytes each, for each token that is learnt."""
+    They are kept on the disk: 8 bytes each, for each token that is learnt. With on_policy all count
+    one by one."""
     distill_temperature: float = 1.0
     """By what the logits of teacher and student are divided before they are compared; of
     distill."""
 
     def __post_init__(self) -> None:
         name = self.objective
+        usual = {field.name: field.default for field in fields(self)}
+        usual["divergence"] = "reverse" if self.on_policy is True else "forward"
+        if self.divergence is None:
+            object.__setattr__(self, "divergence", usual["divergence"])
         only = {
             "label_smoothing": SMOOTHED,
             "simpo_margin": ("simpo",),
@@ -84,6 +105,8 @@ class Objective:
             "reference": WITH_REFERENCE,
             "beta": tuple(USUAL_BETA),
             "teacher": ("distill",),
+            "on_policy": ("distill",),
+            "jsd_beta": ("distill",),
             "divergence": ("distill",),
             "teacher_top_k": ("distill",),
             "distill_temperature": ("distill",),
@@ -102,18 +125,25 @@ class Objective:
                 "reward_centre": at_least(0),
                 "reference": one_of(Reference),
                 "teacher": TEXT,
+                "on_policy": BOOLEAN,
                 "divergence": one_of(Divergence),
+                "jsd_beta": BETWEEN_0_AND_1,
                 "teacher_top_k": whole_number(1),
                 "distill_temperature": ABOVE_0,
             },
             contradictions={
                 "distill learns from a teacher; name the directory of another adapter of this base "
                 "by teacher": name == "distill" and not self.teacher,
+                f"jsd_beta would do nothing with divergence {self.divergence}; it is of jsd": (
+                    name == "distill" and self.divergence != "jsd" and self.jsd_beta != 0.5
+                ),
+                "teacher_top_k would do nothing with on_policy, where all tokens count": (
+                    self.on_policy is True and self.teacher_top_k != usual["teacher_top_k"]
+                ),
             }
             | {
                 f"{key} would do nothing with {name}; it is of {', '.join(names)}": (
-                    name not in names
-                    and getattr(self, key) != type(self).__dataclass_fields__[key].default
+                    name not in names and getattr(self, key) != usual[key]
                 )
                 for key, names in only.items()
             },
@@ -138,7 +168,7 @@ class Objective:
         """Return a message for each setting of a run that does not go with this objective, and
         whether it is set."""
         others, distills = self.objective != "sft", self.objective == "distill"
-        compares = others and not distills
+        compares = others and (not distills or self.on_policy)
         return {
             f"long_rows split makes several rows of one, and {self.objective} compares whole ones; "
             "take cut, drop or error": compares and splits,
@@ -163,7 +193,7 @@ class Objective:
     @property
     def shape(self) -> RowShape:
         """What a row of the data is."""
-        if self.objective in ON_POLICY:
+        if self.objective in ON_POLICY or self.on_policy:
             return "prompts"
         return {"sft": "answers", "distill": "answers", "kto": "judged"}.get(
             self.objective, "pairs"
@@ -187,7 +217,7 @@ class Objective:
     @property
     def asks(self) -> str | None:
         """What is done before the first step, for a person; None where nothing is."""
-        if self.teacher is not None:
+        if self.teacher is not None and not self.on_policy:
             return "Asking the teacher about the rows"
         return "Measuring the rows by the reference model" if self.has_reference else None
 

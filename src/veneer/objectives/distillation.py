@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch import Tensor
 from veneer.data.packing import Batch
 from veneer.kernels.cross_entropy import CHUNK_LOGITS, Logits, TokenLoss
 from veneer.kernels.transfer import sent
-from veneer.objectives.config import Divergence, Objective
+from veneer.objectives.config import Objective
 from veneer.objectives.criterion import Criterion, Outcome, StepCounts, label_counts
 
 # A chunk's logits are held about four times, in float32.
@@ -45,10 +46,20 @@ def reverse_kl(log_q: Tensor, log_p: Tensor) -> Tensor:
     return (log_q.exp() * (log_q - log_p)).sum(-1)
 
 
-DIVERGENCES: dict[Divergence, Callable[[Tensor, Tensor], Tensor]] = {
-    "forward": forward_kl,
-    "reverse": reverse_kl,
-}
+def jensen_shannon(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
+    """Return β KL(p ‖ m) + (1 − β) KL(q ‖ m), (rows,), where m is β p + (1 − β) q, as `forward_kl`.
+
+    Agarwal et al. 2023 (arXiv:2306.13649), equation 1.
+    """
+    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    return beta * forward_kl(log_m, log_p) + (1 - beta) * forward_kl(log_m, log_q)
+
+
+def divergence_of(objective: Objective) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return what an objective measures between the student's log q and the teacher's log p."""
+    if objective.divergence == "jsd":
+        return partial(jensen_shannon, beta=objective.jsd_beta)
+    return reverse_kl if objective.divergence == "reverse" else forward_kl
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +74,7 @@ class DistanceFromTeacher:
 
     tokens: Tensor
     log_p: Tensor
-    divergence: Divergence = "forward"
+    divergence: Callable[[Tensor, Tensor], Tensor] = forward_kl
     temperature: float = 1.0
     step_logits: ClassVar[int] = STEP_LOGITS
 
@@ -79,7 +90,7 @@ class DistanceFromTeacher:
             buckets.requires_grad_()
             log_q = buckets.log_softmax(-1)
             log_p = self.log_p[here, : log_q.shape[1]].to(log_q.dtype)
-            losses = DIVERGENCES[self.divergence](log_q, log_p)
+            losses = self.divergence(log_q, log_p)
             (of_buckets,) = torch.autograd.grad(losses.sum(), buckets)
         # Without others, each token is a bucket of its own.
         gradient = torch.empty_like(y) if shares is None else shares.mul_(of_buckets[:, -1:])
@@ -165,7 +176,7 @@ class Distillation(Criterion):
         return DistanceFromTeacher(
             sent(tokens.long(), device),
             sent(log_p, device),
-            self.objective.divergence,
+            divergence_of(self.objective),
             self.objective.distill_temperature,
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor
 from veneer.data.packing import Batch
 from veneer.kernels.transfer import sent
 from veneer.objectives import policy
-from veneer.objectives.criterion import Criterion, Outcome, StepCounts, label_counts
+from veneer.objectives.criterion import Outcome, StepCounts, label_counts
 from veneer.objectives.policy_config import OnPolicy
+from veneer.objectives.samples import OverSamples, of_tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,28 +31,21 @@ class Drawn:
 
 
 @dataclass(eq=False)
-class PolicyCriterion(Criterion):
+class PolicyCriterion(OverSamples):
     """The loss of a policy over the samples of a step, in each of its updates.
 
     of_answers: whether ratios are those of whole answers, as in RLOO (Ahmadian et al. 2024, section
     3), and not of tokens.
-    The first update notes what the weights that drew the samples give them, by which later ones are
-    measured: GRPO's π_old.
+    What the first update notes, by which later ones are measured, is GRPO's π_old.
     metrics: of the tokens, the distance from the reference (k3), the share whose ratio is clipped,
     and the mean difference between the trainer's log-probability and the sampler's, without its
-    sign and with it. `largest_gap` is the largest such difference.
+    sign and with it.
     """
 
     config: OnPolicy
     drawn: Drawn
     of_answers: bool = False
-    largest_gap: Tensor | None = None  # a scalar on the device, which nobody waits for
-    old: dict[int, Tensor] = field(default_factory=dict)
     metrics: Sequence[str] = ("kl", "clipped", "sampler_gap", "sampler_bias")
-
-    def counts(self, batch: Batch) -> tuple[int, ...]:
-        """Return the samples of a batch."""
-        return (len(batch.rows),)
 
     def divisor(self, counts: StepCounts) -> int:
         """Return the samples of the step, its tokens, or the tokens that it could have."""
@@ -66,15 +60,8 @@ class PolicyCriterion(Criterion):
         lengths = label_counts(batch)
         log_p = -losses
         device, dtype = losses.device, losses.dtype
-
-        def of_tokens(values: Sequence[Sequence[float]]) -> Tensor:
-            return sent([value for row in rows for value in values[row]], device).to(dtype)
-
-        if rows[0] not in self.old:
-            own = log_p.detach()
-            self.old |= dict(zip(rows, own.split(lengths), strict=True))
-        old = torch.cat([self.old[row] for row in rows])
-        sampled = of_tokens(self.drawn.sampled)
+        old = self.by_the_old(log_p, batch)
+        sampled = of_tokens(self.drawn.sampled, batch, losses)
         of_row = sent(np.repeat(np.arange(len(rows)), lengths).tolist(), device)
         advantage = sent([self.drawn.advantages[row] for row in rows], device).to(dtype)  # (rows,)
 
@@ -93,18 +80,14 @@ class PolicyCriterion(Criterion):
             loss = loss * policy.truncated_weight(old, sampled, most=config.importance_cap)
         kl = torch.zeros_like(losses)
         if self.drawn.reference is not None:
-            kl = policy.divergence(log_p, of_tokens(self.drawn.reference))
+            kl = policy.divergence(log_p, of_tokens(self.drawn.reference, batch, losses))
             if not self.of_answers:  # whose rewards it was taken from
                 loss = loss + config.kl_weight * kl
         if config.loss_level == "answer" and not self.of_answers:
             loss = loss / sent([float(length) for length in lengths], device).to(dtype)[of_row]
         with torch.no_grad():
-            bias = old - sampled
-            gap = bias.abs()
-            most = gap.max()
-            before = self.largest_gap
-            self.largest_gap = most if before is None else torch.maximum(before, most)
-            measured = torch.stack([kl.detach().sum(), share_clipped.sum(), gap.sum(), bias.sum()])
+            measured = torch.stack([kl.detach().sum(), share_clipped.sum()])
+            measured = torch.cat([measured, self.gap_sums(old, sampled)])
             # The step divides by its own divisor, and these are means over tokens.
             measured = measured * (self.divisor(counts) / counts.labels)
         return Outcome(loss.sum(), measured)

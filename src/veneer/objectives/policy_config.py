@@ -19,11 +19,14 @@ from veneer.checks import (
 from veneer.rewards.judged import OnFault
 
 LossLevel = Literal["answer", "token", "budget"]
+# What of these settings says which samples are drawn, and not how they are judged.
+OF_SAMPLES = ("group_size", "prompts_per_step", "max_new_tokens", "updates", "eval_answers")
 
 
 @dataclass(frozen=True)
 class OnPolicy:
-    """Training on samples (grpo, rloo). Raises ConfigError, which lists everything that is wrong.
+    """Training on samples (grpo, rloo, distill with on_policy). Raises ConfigError, which lists
+    everything that is wrong.
 
     The usual values are GRPO's. Dr. GRPO is loss_level "budget" without scale_rewards; DAPO is
     loss_level "token", clip_high 0.28, an overlong_margin and resample.
@@ -41,7 +44,7 @@ class OnPolicy:
     """Where a reward raises, hangs or is not finite: the answer counts for nothing (skip), or the
     run stops (stop)."""
     group_size: int = 8
-    """Answers to each prompt, which are compared with each other."""
+    """Answers to each prompt, which rewards compare with each other."""
     prompts_per_step: int = 8
     """Prompts of a step."""
     max_new_tokens: int = 256
@@ -85,7 +88,7 @@ class OnPolicy:
                 "reward_weights": each(NUMBER),
                 "reward_seconds": each(ABOVE_0),
                 "on_reward_fault": one_of(OnFault),
-                "group_size": whole_number(2),
+                "group_size": whole_number(1),
                 "prompts_per_step": whole_number(1),
                 "max_new_tokens": whole_number(1),
                 "updates": whole_number(1),
@@ -137,13 +140,19 @@ class OnPolicy:
     def against(self, name: str, *, is_on_policy: bool) -> dict[str, bool]:
         """Return a message for what of these settings does not go with the objective of this name,
         and whether it is so."""
-        others = ", ".join(self.course)
+        others, of = ", ".join(self.course), "grpo, rloo and distill with on_policy"
+        is_judged = is_on_policy and name != "distill"
+        if is_on_policy and not is_judged:
+            others, of = ", ".join(n for n in self.course if n not in OF_SAMPLES), "grpo and rloo"
         return {
-            f"{others} would do nothing with {name}; it is of grpo and rloo": (
-                bool(others) and not is_on_policy
+            f"{others} would do nothing with {name}; it is of {of}": (
+                bool(others) and not is_judged
             ),
             f"{name} learns from what rewards say of samples; name one by reward, such as "
-            "rewards.py:function, exact or regex:PATTERN": is_on_policy and not self.reward,
+            "rewards.py:function, exact or regex:PATTERN": is_judged and not self.reward,
+            f"{name} compares the answers to one prompt; take a group_size of 2 or more": (
+                is_judged and self.group_size < 2
+            ),
             "scale_rewards and loss_level are of grpo; rloo compares whole answers as they are": (
                 name == "rloo" and not {"scale_rewards", "loss_level"}.isdisjoint(self.course)
             ),

@@ -76,13 +76,14 @@ def plan_memory(
     masters: bool = True,
     on_card: bool = False,
     drawn: int = 0,
+    teacher: int = 0,
 ) -> MemoryPlan:
     """Return the memory that training `trained` of a model needs.
 
     runtime: bytes that are resident before any model is. masters: whether weights of 16 bits that
     train have float32 ones, to which the steps are added (Micikevicius et al. 2018, section 3.1).
     on_card: whether it is a GPU's memory. drawn: tokens whose keys and values are held while
-    answers are drawn.
+    answers are drawn. teacher: bytes of one that is there meanwhile.
     """
     width, count = config.width, trained.count
     own = bool(trained.weights)  # they train in their own dtype; new parameters are float32
@@ -99,6 +100,8 @@ def plan_memory(
         order = shards_of(config, sizes, 1, trained.first_block)
         weights, offloaded = [*order.gathered.terms, *order.whole.terms], order.own.terms
         mapped = list(offloaded) if config.offload == "disk" else []
+    if teacher:
+        weights.append(Term.of(teacher, "bytes", note="the teacher"))
     new = 0 if own else count + trained.beside
     optimizer = _moments(config.optimizer, trained)
     has_masters = own and masters and width < FLOAT32

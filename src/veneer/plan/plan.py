@@ -20,7 +20,7 @@ from veneer.plan.sizes import Sizes
 class Plan:
     """Settings, and what follows from them for a model. `adapted`: the layers that would get
     adapters, also for plans of other methods. `drawn`: tokens whose keys and values are held while
-    answers are drawn."""
+    answers are drawn. `teacher`: bytes of one that is there meanwhile."""
 
     config: PlanConfig
     sizes: Sizes
@@ -30,6 +30,7 @@ class Plan:
     runtime: int
     on_card: bool = False
     drawn: int = 0
+    teacher: int = 0
 
     @property
     def model(self) -> ModelDescription:
@@ -64,17 +65,25 @@ def make_plan(
     runtime: int | None = None,
     on_card: bool = False,
     drawn: int = 0,
+    teacher: int = 0,
 ) -> Plan:
     """Return the plan of training a model as `config` says, on the processor or on a card.
 
-    runtime: bytes that are taken besides, the usual ones unless given. drawn: as the plan's.
+    runtime: bytes that are taken besides, the usual ones unless given. drawn, teacher: as the
+    plan's.
     Raises ConfigError for a method that does not suit the model.
     """
     trained = trained_by(config, sizes, adapted)
     if runtime is None:
         runtime = CARD_RUNTIME if on_card else RUNTIME
-    memory = plan_memory(config, sizes, trained, runtime=runtime, on_card=on_card, drawn=drawn)
-    return Plan(config, sizes, adapted, trained, memory, runtime, on_card, drawn)
+    memory = plan_memory(
+        *(config, sizes, trained),
+        runtime=runtime,
+        on_card=on_card,
+        drawn=drawn,
+        teacher=teacher,
+    )
+    return Plan(config, sizes, adapted, trained, memory, runtime, on_card, drawn, teacher)
 
 
 def replanned(plan: Plan, config: PlanConfig) -> Plan:
@@ -84,6 +93,7 @@ def replanned(plan: Plan, config: PlanConfig) -> Plan:
         runtime=plan.runtime,
         on_card=plan.on_card,
         drawn=plan.drawn,
+        teacher=plan.teacher,
     )
 
 

@@ -56,5 +56,5 @@ BY_KIND = {
     "An evaluation": EVALUATIONS,
     "Beside, with preferences (dpo, ipo, simpo, orpo, cpo)": PAIRS,
     "Beside, with judged answers (kto)": JUDGED,
-    "Beside, with samples and rewards (grpo, rloo)": SAMPLES,
+    "Beside, with samples and, if there are any, rewards (grpo, rloo, distill)": SAMPLES,
 }

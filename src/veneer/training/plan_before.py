@@ -12,6 +12,7 @@ from veneer.models.device import has_memory_of_its_own, resolve_device
 from veneer.plan.plan import Plan
 from veneer.processes.world import World
 from veneer.training.events import Event, Notice, Planned, Space
+from veneer.training.live_teacher import bytes_of_live_teacher
 from veneer.training.planned import available_memory, check_fits, check_host, with_rows
 from veneer.training.planned_processes import plan_of_each
 from veneer.training.preflight import Preflight, bytes_on_disk, free_on_disk
@@ -35,7 +36,8 @@ def plan_before(
     if ahead.plan is None or why:
         yield Notice(f"No memory is planned for this run: {why}")
         return None, world.size > 1 and recipe.shard == "base"
-    plan, sharded = with_rows(ahead.plan, recipe, rows.longest), False
+    teacher = bytes_of_live_teacher(recipe, ahead.dtype, ahead.config)
+    plan, sharded = with_rows(ahead.plan, recipe, rows.longest, teacher=teacher), False
     if world.size > 1:
         lengths = lengths_of(rows.examples)
         way, available = plan_of_each(
@@ -53,7 +55,7 @@ def plan_before(
         yield Notice(plan.notice)
     if world.writes:
         needed = bytes_on_disk(plan, recipe, device)
-        if recipe.objective.teacher is not None:
+        if recipe.objective.teacher is not None and not recipe.objective.on_policy:
             splits = {"train": rows.examples, "valid": rows.held_out}
             given = bytes_of_teacher(
                 recipe.objective, splits, plan.sizes.vocab, before=ahead.before

@@ -79,8 +79,9 @@ def plan_run(
     return make_plan(settings, sizes, adapted, runtime=_runtime(on_card), on_card=on_card)
 
 
-def with_rows(plan: Plan, recipe: Recipe, longest: int) -> Plan:
-    """Return the plan with the tokens of a pass that were chosen for rows of up to `longest`."""
+def with_rows(plan: Plan, recipe: Recipe, longest: int, *, teacher: int = 0) -> Plan:
+    """Return the plan with the tokens of a pass that were chosen for rows of up to `longest`, and
+    with the bytes of a teacher that is there meanwhile."""
     tokens = recipe.training.batch_tokens
     config = replace(plan.config, tokens_per_batch=tokens, max_length=longest)
     drawn = 0
@@ -93,6 +94,7 @@ def with_rows(plan: Plan, recipe: Recipe, longest: int) -> Plan:
         runtime=_runtime(plan.on_card),
         on_card=plan.on_card,
         drawn=drawn,
+        teacher=teacher,
     )
 
 

@@ -29,6 +29,7 @@ from veneer.run_directory import RunDirectory
 from veneer.training import checkpoint, start_from
 from veneer.training.adamw8bit import check_optimizer
 from veneer.training.choose import as_before
+from veneer.training.live_teacher import check_teacher
 from veneer.training.planned import free_on, plan_run, why_no_merge
 from veneer.training.recipe import Recipe
 from veneer.training.teacher import check_alone, read_teacher
@@ -116,7 +117,10 @@ def preflight(
         with checks.check():
             if (teacher := recipe.objective.teacher) is not None:
                 check_alone(processes)
-                read_teacher(teacher, skeleton_of(config))
+                if recipe.objective.on_policy:
+                    check_teacher(teacher, config, tokenizer)
+                else:
+                    read_teacher(teacher, skeleton_of(config))
         with checks.check():
             check_replaceable(recipe.adapter, marker=native.config_name(recipe.method.method))
             check_replaceable(recipe.merged, marker=merged.marker_of(config))

@@ -76,7 +76,7 @@ def read_teacher(teacher: str, model: PreTrainedModel) -> AdapterState:
             f"{teacher} has new tokens, which the student does not have, and cannot teach."
         )
     is_skeleton = model.device.type == "meta"  # whose weights cannot be compared
-    if problems := validate(model, state, None, force=is_skeleton, keys_values=()):
+    if problems := validate(model, state, None, force=is_skeleton):
         raise AdapterError(f"The teacher {teacher} does not fit the base: {joined(problems)}.")
     return state
 
@@ -102,7 +102,7 @@ def identity_of_teacher(
 ) -> dict[str, str]:
     """Return what a run's identity has of its teacher beside its name, nothing without one. Raises
     what `read_teacher` does, and ConfigError for several processes."""
-    if objective.teacher is None:
+    if objective.teacher is None or objective.on_policy:  # which says its own
         return {}
     check_alone(world.size)
     return {DIGEST: digest_of(read_teacher(objective.teacher, model))}
@@ -166,7 +166,14 @@ def distillation_over(
         values = _read(place, slots)
         if values is None:
             teacher = read_teacher(objective.teacher, model)
-            with _teaching(model, teacher), worthwhile_threads(model):
+            with (
+                attached(model, teacher),
+                acting(model, NAME),
+                torch.random.fork_rng([]),
+                torch.no_grad(),
+                evaluating(model),
+                worthwhile_threads(model),
+            ):
                 records = _records(objective, model, examples, tokens_per_batch=tokens_per_batch)
                 values = _written(records, place, slots)
         criteria.append(Distillation(objective, TeacherRows(values, ends)))
@@ -174,20 +181,24 @@ def distillation_over(
 
 
 @contextmanager
-def _teaching(model: PreTrainedModel, teacher: AdapterState) -> Iterator[None]:
-    """Let the teacher alone act on the base, in which nothing trains meanwhile."""
+def attached(model: PreTrainedModel, teacher: AdapterState) -> Iterator[None]:
+    """Have the teacher on the base as NAME; what acts and trains stays as it is."""
     training = [weight for weight in model.parameters() if weight.requires_grad]
     before = in_use(model)
+
+    def as_before() -> None:
+        use(model, before)
+        for weight in training:
+            weight.requires_grad_(True)
+
     with torch.random.fork_rng([]):
         install(model, teacher, name=NAME, force=True)  # was validated
-        try:
-            with acting(model, NAME), torch.no_grad(), evaluating(model):
-                yield
-        finally:
-            detach(model, NAME)
-            use(model, before)
-            for weight in training:
-                weight.requires_grad_(True)
+    as_before()
+    try:
+        yield
+    finally:
+        detach(model, NAME)
+        as_before()
 
 
 def _records(

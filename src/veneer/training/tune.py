@@ -105,8 +105,9 @@ def _tune(
 ) -> Iterator[Event]:
     """Train, once the run's directory is this process's own. rewards: of samples, if it learns from
     these."""
-    prompts = prompts_of(ahead, rewards) if rewards else None
-    ahead = with_course(ahead) if rewards else ahead
+    on_samples = ahead.recipe.objective.shape == "prompts"
+    prompts = prompts_of(ahead, rewards) if on_samples else None
+    ahead = with_course(ahead) if on_samples else ahead
     prepared = yield from prepare(ahead, world=world, rows=prompts)
     recipe, rows = prepared.recipe, prepared.rows
     plan, sharded = yield from plan_before(recipe, ahead, rows, world, ignore_plan=ignore_plan)

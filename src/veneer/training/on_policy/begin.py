@@ -1,4 +1,5 @@
-"""What a run on samples needs before its base is loaded: prompts, a course, and rewards."""
+"""What a run on samples needs before its base is loaded: prompts, a course, and rewards, if it has
+some."""
 
 from __future__ import annotations
 

@@ -81,10 +81,11 @@ def page_of(lines: Sequence[Mapping[str, Any]], counts: Mapping[int, int]) -> st
     lines: of the steps that are shown. counts: samples of each step of the run.
     """
     steps = {step: list(own) for step, own in groupby(lines, key=lambda line: line["step"])}
+    title = "Samples and their rewards" if any("reward" in line for line in lines) else "Samples"
     sections = "".join(_section(step, own) for step, own in steps.items())
     return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Samples and their rewards'
-        f"</title><style>{STYLE}</style><h1>Samples and their rewards</h1>"
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}'
+        f"</title><style>{STYLE}</style><h1>{title}</h1>"
         f"<p>{sum(counts.values()):,} samples in {len(counts):,} steps; here are some of "
         f"{len(steps)} steps. "
         f"All are in samples.jsonl.</p>{sections}</html>\n"
@@ -92,20 +93,21 @@ def page_of(lines: Sequence[Mapping[str, Any]], counts: Mapping[int, int]) -> st
 
 
 def _section(step: int, lines: Sequence[Mapping[str, Any]]) -> str:
-    known = [line["reward"] for line in lines if line["reward"] is not None]
+    known = [line["reward"] for line in lines if line.get("reward") is not None]
     mean = f", mean reward {sum(known) / len(known):.3f}" if known else ""
     groups = [list(group) for _, group in groupby(lines, key=lambda line: line["row"])]
     return f"<h2>Step {step}{mean}</h2>" + "".join(map(_group, groups[:SHOWN_GROUPS]))
 
 
 def _group(lines: Sequence[Mapping[str, Any]]) -> str:
-    names = list(lines[0]["rewards"])
+    judged = "rewards" in lines[0]
+    names = [*lines[0]["rewards"], "reward", "advantage"] if judged else []
     heads = "".join(f'<th class="number">{html.escape(name)}</th>' for name in names)
     rows = "".join(
         f"<tr><td><pre>{html.escape(line['answer'])}{'' if line['ended'] else ' …'}</pre></td>"
         + "".join(
             f'<td class="number">{"–" if value is None else format(value, ".3g")}</td>'
-            for value in (*line["rewards"].values(), line["reward"], line["advantage"])
+            for value in (_worth(line) if judged else ())
         )
         + "</tr>"
         for line in lines
@@ -113,8 +115,12 @@ def _group(lines: Sequence[Mapping[str, Any]]) -> str:
     return (
         f'<p class="row">{html.escape(lines[0]["row"])}</p><pre class="prompt">'
         f"{html.escape(lines[0]['prompt'])}</pre><table><tr><th>answer</th>{heads}"
-        f'<th class="number">reward</th><th class="number">advantage</th></tr>{rows}</table>'
+        f"</tr>{rows}</table>"
     )
+
+
+def _worth(line: Mapping[str, Any]) -> tuple[float | None, ...]:
+    return (*line["rewards"].values(), line["reward"], line["advantage"])
 
 
 def _spread(items: Sequence[int], most: int) -> list[int]:

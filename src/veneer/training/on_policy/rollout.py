@@ -1,4 +1,4 @@
-"""The samples of one step: drawn, judged, and compared with each other."""
+"""The samples of one step: drawn, and where rewards judge them compared with each other."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from veneer.objectives.criterion import label_counts
 from veneer.objectives.on_policy import Drawn
 from veneer.objectives.policy_config import OnPolicy
 from veneer.rewards.judged import Answered, Judged, Weighted, judge
-from veneer.training.evaluate import Measurement
 from veneer.training.on_policy.prompts import Prompts
 from veneer.training.step import seed_of
 
@@ -36,8 +35,8 @@ ReferenceOf = Callable[[Sequence[Example]], list[list[float]]]
 class Rollout:
     """The samples of a step, group by group.
 
-    examples: prompt and answer, of which the answer is learnt. metrics: of the rewards, the answers
-    and the sampler. lines: a JSON object for each sample, for people to read.
+    examples: prompt and answer, of which the answer is learnt. metrics: of the rewards, if there
+    are any, the answers and the sampler. lines: a JSON object for each sample, for people to read.
     """
 
     examples: Sequence[Example]
@@ -70,7 +69,7 @@ class _Draw:
 
 @dataclass(frozen=True, eq=False)
 class Roller:
-    """Draws and judges samples of a run's prompts."""
+    """Draws samples of a run's prompts, and judges them, unless there are no rewards."""
 
     decoder: SampleDecoder
     tokenizer: PreTrainedTokenizerBase
@@ -111,11 +110,12 @@ class Roller:
             advantages.flatten().tolist(), [sample.logprobs for sample in samples], reference
         )
         metrics = _metrics(samples, judged)
-        metrics["equal_groups"] = float(_are_equal(rewards.view_as(advantages)).double().mean())
+        if self.rewards:
+            metrics["equal_groups"] = float(_are_equal(rewards.view_as(advantages)).double().mean())
         if config.resample:
             metrics["resampled_groups"] = float(again)
         metrics["sample_tokens_per_second"] = drawn.tokens / drawn.seconds
-        values = zip(answers, samples, judged.rewards, known.advantages, strict=True)
+        values = zip(answers, samples, known.advantages, strict=True)
         lines = [
             {
                 "step": step,
@@ -124,21 +124,21 @@ class Roller:
                 "answer": answer.text,
                 "tokens": len(sample.tokens),
                 "ended": sample.ended,
-                "reward": _or_none(reward),
-                "advantage": round(advantage, 4),
-                "rewards": {name: _or_none(own[i]) for name, own in judged.by_name.items()},
             }
-            for i, (answer, sample, reward, advantage) in enumerate(values)
+            | (_worth(judged, i, advantage) if self.rewards else {})
+            for i, (answer, sample, advantage) in enumerate(values)
         ]
         return Rollout(examples, known, metrics, lines, judged)
 
-    def evaluate(self, prompts: Prompts) -> tuple[Measurement, Judged]:
-        """Return what answers to other prompts come to, drawn each time with the same random
-        numbers: the mean reward, with its sign turned as the least is best, and what it is of."""
-        count = self.config.eval_answers
-        drawn = self._draw(prompts, range(len(prompts.examples)), BEFORE_THE_FIRST, count=count)
-        metrics = _metrics(drawn.samples, drawn.judged)
-        return Measurement(-metrics.get("reward", math.nan), metrics), drawn.judged
+    def held_out(self, prompts: Prompts) -> Rollout:
+        """Return answers to other prompts, drawn each time with the same random numbers."""
+        rows = range(len(prompts.examples))
+        drawn = self._draw(prompts, rows, BEFORE_THE_FIRST, count=self.config.eval_answers)
+        asked = [row for row in rows for _ in range(self.config.eval_answers)]
+        pairs = zip(asked, drawn.samples, strict=True)
+        examples = [learnt(prompts.examples[row], sample) for row, sample in pairs]
+        known = Drawn((), [sample.logprobs for sample in drawn.samples])
+        return Rollout(examples, known, _metrics(drawn.samples, drawn.judged), (), drawn.judged)
 
     def _draw(
         self, prompts: Prompts, rows: Sequence[int], step: int, *attempt: int, count: int
@@ -226,7 +226,7 @@ def _metrics(samples: Sequence[Sample], judged: Judged) -> dict[str, float]:
     lengths = [len(sample.tokens) for sample in samples]
     known = [reward for reward in judged.rewards if not math.isnan(reward)]
     metrics: dict[str, float] = {}
-    if known:
+    if known and judged.by_name:
         metrics["reward"] = fmean(known)
         spread = float(np.std(np.asarray(known)))
         metrics["reward_deviation"] = spread
@@ -238,9 +238,19 @@ def _metrics(samples: Sequence[Sample], judged: Judged) -> dict[str, float]:
         "longest_answer": float(max(lengths)),
         "cut_answers": fmean(not sample.ended for sample in samples),
         "entropy": sum(sum(sample.entropies) for sample in samples) / sum(lengths),
-        "reward_faults": float(sum(judged.faults.values())),
     }
+    if judged.by_name:
+        metrics["reward_faults"] = float(sum(judged.faults.values()))
     return metrics
+
+
+def _worth(judged: Judged, number: int, advantage: float) -> dict[str, Any]:
+    """Return what is written of an answer's rewards."""
+    return {
+        "reward": _or_none(judged.rewards[number]),
+        "advantage": round(advantage, 4),
+        "rewards": {name: _or_none(own[number]) for name, own in judged.by_name.items()},
+    }
 
 
 def _are_equal(shaped: torch.Tensor) -> torch.Tensor:

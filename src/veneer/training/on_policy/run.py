@@ -1,10 +1,14 @@
-"""A run on the model's own samples: each step draws them, has them judged, and learns from them."""
+"""A run on the model's own samples: each step draws them, and learns by what rewards say of them,
+or by what a teacher gives their tokens."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -23,19 +27,23 @@ from veneer.models.end_tokens import end_tokens
 from veneer.objectives.config import Objective
 from veneer.objectives.on_policy import PolicyCriterion
 from veneer.objectives.policy_config import OnPolicy
+from veneer.objectives.samples import OverSamples
+from veneer.objectives.taught_samples import TaughtSamples
 from veneer.processes.world import ALONE
 from veneer.rewards.judged import Judged, Weighted
 from veneer.run_directory import RunDirectory
 from veneer.training.config import TrainConfig
-from veneer.training.evaluate import Measurement
+from veneer.training.evaluate import Measurement, measure
 from veneer.training.events import Event, Notice, Skipped, Step
 from veneer.training.frozen import FrozenBase
+from veneer.training.live_teacher import LiveTeacher, teaching
 from veneer.training.on_policy.page import SampleLog
 from veneer.training.on_policy.passes import passes_of
 from veneer.training.on_policy.prompts import Prompts
 from veneer.training.on_policy.rollout import Roller, Rollout, base_log_probabilities
 from veneer.training.run import Begun, Run
 from veneer.training.step import Learning, StepToLearn, learn
+from veneer.training.teacher import DIGEST
 from veneer.training.threads import worthwhile_threads
 
 STEPS = 100  # of a run, unless it is given steps or epochs
@@ -61,20 +69,35 @@ def train_on_policy(
     """Train the adapter that acts on its own answers to prompts, and yield events.
 
     Each step draws `group_size` answers to each of `prompts_per_step` prompts, and learns by how
-    much each is better than the others. Answers to `held_out` are judged as often as `train`
-    evaluates. With a `directory`, checkpoints and samples go there.
-    Raises as `train` does, and TrainingError where a reward fails and the run is to stop then.
+    much each is better than the others, or how far from the objective's teacher. Answers to
+    `held_out` are measured as often as `train` evaluates. With a `directory`, checkpoints and
+    samples go there.
+    Raises as `train` does, TrainingError where a reward fails and the run is to stop then, and
+    `check_teacher`'s errors for what cannot teach.
     """
     _check(model, config)
-    run = OnPolicyRun(
-        *(model, tokenizer, prompts, config),
-        objective=objective,
-        on_policy=on_policy,
-        rewards=rewards,
-        held_out=held_out,
-        directory=directory,
-        identity=identity or {},
-    )
+    with ExitStack() as beside:
+        teacher = None
+        if objective.teacher is not None:
+            teacher = beside.enter_context(
+                teaching(objective.teacher, model, tokenizer, prompts.examples)
+            )
+        run = OnPolicyRun(
+            *(model, tokenizer, prompts, config),
+            objective=objective,
+            on_policy=on_policy,
+            rewards=rewards,
+            teacher=teacher,
+            held_out=held_out,
+            directory=directory,
+            identity=identity or {},
+        )
+        yield from _events(run, resume=resume, should_stop=should_stop)
+
+
+def _events(run: OnPolicyRun, *, resume: bool, should_stop: Callable[[], bool]) -> Iterator[Event]:
+    """Yield the events of a run from its beginning to its end."""
+    model, prompts = run.model, run.prompts
     try:
         with kept_heap():
             forward, notices = choose_forward(
@@ -139,10 +162,13 @@ class OnPolicyRun(Run):
         objective: Objective,
         on_policy: OnPolicy,
         rewards: Sequence[Weighted],
+        teacher: LiveTeacher | None,
         held_out: Prompts | None,
         directory: RunDirectory | None,
         identity: Mapping[str, Any],
     ) -> None:
+        if teacher is not None:
+            identity = {DIGEST: teacher.digest, **identity}
         super().__init__(
             *(model, prompts.examples, course_of(config), held_out.examples if held_out else ()),
             None if directory is None else directory.checkpoints,
@@ -152,6 +178,7 @@ class OnPolicyRun(Run):
         )
         self.watch.detects_spikes = False  # what a policy loses differs from sample to sample
         self.tokenizer, self.prompts, self.rewards = tokenizer, prompts, rewards
+        self.teacher = teacher
         self.to_evaluate = held_out
         self.on_policy = on_policy
         self.of_answers = objective.objective == "rloo"
@@ -165,7 +192,7 @@ class OnPolicyRun(Run):
         )
         self.log = SampleLog(directory)
         self.roller: Roller | None = None
-        self._rollouts: dict[int, tuple[Rollout, PolicyCriterion]] = {}
+        self._rollouts: dict[int, tuple[Rollout, OverSamples]] = {}
         self._notices: list[str] = []
         self._faulty: set[str] = set()
 
@@ -219,11 +246,18 @@ class OnPolicyRun(Run):
         self._note_faults(rollout.judged, "this step")
         self.log.add(rollout.lines)
         order, batches = self._batches(rollout.examples)
-        criterion = PolicyCriterion(self.on_policy, rollout.drawn, self.of_answers)
+        criterion = self._criterion_of(rollout)
         self._rollouts[progress.step] = rollout, criterion
         optimizer, clip = self.state.optimizer, self.config.clip
         asked = StepToLearn(rollout.examples, batches, optimizer, order, lr, clip, criterion)
         return Begun(progress.step, rows, start, asked)
+
+    def _criterion_of(self, rollout: Rollout) -> OverSamples:
+        """Return what is learnt of samples."""
+        if self.teacher is None:
+            return PolicyCriterion(self.on_policy, rollout.drawn, self.of_answers)
+        gives = partial(self.teacher.on, self.forward)
+        return TaughtSamples(self.objective, gives, rollout.drawn.sampled)
 
     def _batches(self, examples: Sequence[Example]) -> tuple[StepOrder, list[list[int]]]:
         """Return the passes in which samples are computed."""
@@ -238,9 +272,17 @@ class OnPolicyRun(Run):
         assert self.roller is not None
         assert self.to_evaluate is not None
         with worthwhile_threads(self.model):
-            measured, judged = self.roller.evaluate(self.to_evaluate)
-        self._note_faults(judged, "this evaluation")
-        return measured
+            rollout = self.roller.held_out(self.to_evaluate)
+            if self.teacher is not None:
+                measured = measure(
+                    *(self.model, rollout.examples, forward),
+                    criterion=self._criterion_of(rollout),
+                    tokens_per_batch=self.config.batch_tokens,
+                )
+                return replace(measured, metrics={**rollout.metrics, **measured.metrics})
+        self._note_faults(rollout.judged, "this evaluation")
+        # With its sign turned, as the least is best.
+        return Measurement(-rollout.metrics.get("reward", math.nan), rollout.metrics)
 
     def _reference(self, examples: Sequence[Example]) -> list[list[float]]:
         with worthwhile_threads(self.model):
