@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -29,6 +30,7 @@ from veneer.training.live_teacher import LiveTeacher
 
 ROWS, VOCAB = 5, 13
 CAPPED = Logits(scale=0.7, softcap=3.0)
+SOME = ("q_proj", "v_proj", "down_proj")
 PROMPTS, LENGTHS, GROUP = (5, 9), (3, 7, 1, 6), 2
 # TRL's beta: 0 is forward, 1 is reverse.
 BETAS = {"forward": 0.0, "reverse": 1.0, "jsd": 0.3}
@@ -98,9 +100,11 @@ def samples() -> list[Example]:
     return rows
 
 
-def both_adapters() -> nn.Module:
-    """Return a base with the adapters of student and teacher, of which the student's acts."""
-    model = veneer.attach(tiny("llama"), veneer.LoRA(rank=4, targets="all"), name="teacher")
+def both_adapters(*, head: bool = False) -> nn.Module:
+    """Return a base with the adapters of student and teacher, of which the student's acts. head:
+    the teacher adapts it too."""
+    targets = [*SOME, "lm_head"] if head else "all"
+    model = veneer.attach(tiny("llama"), veneer.LoRA(rank=4, targets=targets), name="teacher")
     shake(model, seed=7, size=0.2)
     veneer.attach(model, veneer.LoRA(rank=2, targets="all"), name="student")
     veneer.use(model, "student")
@@ -167,6 +171,28 @@ def test_loss_and_gradients_are_those_of_trl(divergence, temperature):
     assert float(criterion.largest_gap) == pytest.approx(
         max(float((old + 1).abs().max()) for old in criterion.old.values())
     )
+
+
+def test_packed_padded_and_one_by_one_are_as_far():
+    """With a head that the teacher adapts, and where a model makes the logits of all rows."""
+    model, rows = both_adapters(head=True), samples()
+    forward, _ = choose_forward(model, rows)
+    batch = pack(rows, [2, 0, 3, 1])
+    with torch.no_grad(), acting(model, "teacher"):
+        expected = torch.cat(
+            [
+                model(input_ids=torch.tensor([rows[i].tokens]), use_cache=False).logits[
+                    0, -1 - LENGTHS[i] : -1
+                ]
+                for i in (2, 0, 3, 1)
+            ]
+        )
+    for settings in ({}, {"packed": False}, {"packed": False, "alone": True}, {"head": None}):
+        teacher = LiveTeacher(model, partial(acting, model, "teacher"), "")
+        logits = teacher.on(replace(forward, **settings), batch)
+        count = len(expected)
+        ours = torch.cat([logits(first, 3) for first in range(0, count, 3)])
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(

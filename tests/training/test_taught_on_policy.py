@@ -82,9 +82,10 @@ def test_a_teacher_equal_to_the_student_teaches_nothing(teacher, divergence):
     assert far.loss >= 1e-2
 
 
-@pytest.mark.parametrize(
-    "which", ["adapter", pytest.param("base", marks=pytest.mark.slow), "model"]
-)
+SLOW = [pytest.param(which, marks=pytest.mark.slow) for which in ("base", "model")]
+
+
+@pytest.mark.parametrize("which", ["adapter", *SLOW])
 def test_a_student_comes_nearer_to_whoever_teaches(teacher, other_model, which):
     """And what acts and trains afterwards is what did before."""
     model = student(teacher if which == "base" else None)
@@ -114,7 +115,11 @@ def nf4():
 
 @pytest.mark.parametrize(
     ("base", "which"),
-    [(nf4, "adapter"), pytest.param(new_model, "model", marks=pytest.mark.slow)],
+    [
+        (new_model, "adapter"),
+        pytest.param(nf4, "adapter", marks=pytest.mark.slow),
+        pytest.param(new_model, "model", marks=pytest.mark.slow),
+    ],
 )
 def test_a_resumed_run_is_the_undisturbed_one_to_the_bit(base, which, other_model, tmp_path):
     place = other_model
