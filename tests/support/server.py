@@ -15,6 +15,7 @@ from dataclasses import fields
 from pathlib import Path
 from threading import Lock, Semaphore, Thread
 from typing import Any
+from unittest.mock import patch
 from urllib.parse import urlsplit
 
 import uvicorn
@@ -149,6 +150,17 @@ def late(app: ASGIApp, seed: str) -> ASGIApp:
     return wait
 
 
+class Brisk:
+    """What uvicorn has of asyncio, with short sleeps: it looks ten times a second whether it is to
+    end, and that would be most of the time of a test with a server of its own."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(asyncio, name)
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds / 20)
+
+
 class Server(PatientServer):
     """A server in a thread, at `url`."""
 
@@ -169,17 +181,18 @@ def running(
     )
     server = Server(config, end_seconds)
     thread = Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    server.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    try:
-        yield server
-    finally:
-        server.should_exit = True
-        thread.join(20)
-        assert not thread.is_alive()
+    with patch.object(uvicorn.server, "asyncio", Brisk()):
+        thread.start()
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        server.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        try:
+            yield server
+        finally:
+            server.should_exit = True
+            thread.join(20)
+            assert not thread.is_alive()
 
 
 def call(
