@@ -58,6 +58,24 @@ def _few_pictures(request, monkeypatch):
         monkeypatch.setattr(tune, "draw_losses", lambda lines, path: path.touch())
 
 
+@pytest.fixture(autouse=True)
+def _short_certificates(monkeypatch):
+    """Let a run compare its merged model by two rows of the probe, whose sixteen else take a third
+    of the time of a short run. tests/adapter/test_certify.py is about all of them."""
+    results = sys.modules.get("veneer.training.results")
+    if results is None:
+        return
+    module, certify = sys.modules["veneer.adapter.certify"], results.certify
+    probe_rows = module.probe_rows
+
+    def by_two_rows(*models, **options):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "probe_rows", lambda *a, **k: probe_rows(*a, **k)[:2])
+            return certify(*models, **options)
+
+    monkeypatch.setattr(results, "certify", by_two_rows)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(items):
     """Leave cases of thinned tables to the slow proofs, and let the tests that share the trained
