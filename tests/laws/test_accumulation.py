@@ -23,7 +23,7 @@ def takes_its_own_course(kind: Kind) -> bool:
     """Return whether a kind's gradients come to the optimizer in a way of their own: not where it
     is another by its layers, start or architecture, of which law 7 proves the gradients."""
     own = is_first_of(kind, "name") and has_own_tensors(kind)
-    return str(kind) in EACH_SIZE or (own and in_share(0)(kind))
+    return str(kind) in EACH_SIZE or (own and in_share(3, trains=True)(kind))
 
 
 def lopsided(kind: Kind) -> list[Example]:

@@ -108,7 +108,7 @@ def ways_of(kind: Kind, model: Any, rows: list[Example], *, every: bool) -> list
 
 
 # Which ways there are, and whether they are right, is decided by an architecture and its head.
-@each_kind(lambda kind: kind.reads_tokens, fast=in_share(0))
+@each_kind(lambda kind: kind.reads_tokens, fast=in_share(0, trains=True))
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_packed_padded_and_one_by_one(kind, every):
     model, rows = kind.shaken(), kind.rows(LENGTHS)
@@ -147,7 +147,7 @@ def assert_equals_own(model: Any, way: Forward, rows: list[Example]) -> None:
         ),
     ],
 )
-@pytest.mark.thinned
+@pytest.mark.thinned(one_in=3, first=1)
 def test_16_bits_take_the_same_way(architecture, dtype):
     model = tiny(architecture, dtype=dtype)
     shake(veneer.attach(model, veneer.LoRA(rank=2, targets="all")))

@@ -39,7 +39,7 @@ def train(kind: Kind, model: Any) -> Iterator[Any]:
         yield None
 
 
-@each_kind(fast=in_share(2))
+@each_kind(fast=in_share(2, trains=True))
 def test_only_what_should_train_changes(kind):
     model = kind.attached()
     marks, before = fingerprint(model), snapshot(model)

@@ -176,7 +176,7 @@ def summed(logits: Tensor) -> Tensor:
     return logits.logsumexp(-1).sum() + logits[..., ::3].square().sum()
 
 
-@each_kind(fast=in_share(1))
+@each_kind(fast=in_share(4))
 def test_gradients_of_a_whole_model(kind):
     model = kind.shaken()
     plain, exact = plain_pair(kind, model)

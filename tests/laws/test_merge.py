@@ -32,7 +32,7 @@ from veneer.quant.weight import quantized_layers
 EPSILON = torch.finfo(torch.float32).eps
 
 
-@each_kind(lambda kind: kind.merges, fast=in_share(2))
+@each_kind(lambda kind: kind.merges, fast=in_share(5))
 def test_merged_equals_unmerged(kind):
     model = kind.shaken()
     own, ours, in_use = base_tensors(model), kind.says(model), veneer.in_use(model)

@@ -62,11 +62,17 @@ def test_the_courses_hold_what_they_should(whole):
     assert steps_of(whole["accumulation"]) >= 8
 
 
-FEW = {"accumulation": (1,), "constant": (4,), "seldom saved": (1, 4), "patience": (4,)}
+# The others end after each step in a test below.
+FEW = {"seldom saved": (1, 4), "patience": (4,)}
 
 
-@pytest.mark.parametrize("course", COURSES)
-@pytest.mark.parametrize("few", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("course", "few"),
+    [
+        *((each, True) for each in FEW),
+        *(pytest.param(each, False, marks=pytest.mark.slow) for each in COURSES),
+    ],
+)
 def test_stopped_at_any_step(few, course, whole, tmp_path):
     last = steps_of(whole[course])
     # After each step, runs end and go on below: those that die, and one that is stopped at all.
@@ -110,15 +116,22 @@ def test_dead_after_any_checkpoint(course, every, whole, tmp_path):
 
 
 # An evaluation leaves the same files wherever checkpoints are, so one course dies behind it too.
-@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    ("course", "kinds"), [("seldom saved", Step), ("patience", Step | Evaluated)], ids=str
+    ("course", "kinds", "every"),
+    [
+        ("patience", Step | Evaluated, 4),
+        pytest.param("patience", Step | Evaluated, 1, marks=pytest.mark.slow),
+        pytest.param("seldom saved", Step, 1, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_dead_after_any_step_or_evaluation(course, kinds, every, whole, tmp_path):
     assert_goes_on_after(kinds, course, whole[course], tmp_path, every=every)
 
 
-@pytest.mark.parametrize("course", ["accumulation", "patience"])
+@pytest.mark.parametrize(
+    "course", ["accumulation", pytest.param("patience", marks=pytest.mark.slow)]
+)
 def test_stopped_at_every_step(course, whole, tmp_path):
     run = Run(tmp_path, COURSES[course])
     for step in range(1, steps_of(whole[course]) + 1):
@@ -148,7 +161,7 @@ def same_adapter(a: AdapterState, b: AdapterState) -> bool:
 
 @each_kind(
     lambda kind: kind.reads_tokens and is_first_of(kind, "name"),
-    fast=in_share(1),
+    fast=in_share(1, trains=True),
 )
 def test_every_kind_goes_on(kind, tmp_path):
     """The process that goes on starts with other random numbers: all must come from the files."""
@@ -302,7 +315,12 @@ def all_layers(tmp_path_factory) -> tuple[dict[str, Tensor], Path]:
 
 @pytest.mark.parametrize(
     "recompute",
-    [pytest.param("none", marks=pytest.mark.slow), "selective", "full", "disk"],
+    # A run of the command goes on with "full" (tests/cli/test_interrupted_run.py).
+    [
+        "selective",
+        "disk",
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("none", "full")),
+    ],
 )
 def test_resumed_with_less_memory(recompute, all_layers, tmp_path):
     """Layers as two functions, and what they compute again, change no bit either."""

@@ -13,7 +13,7 @@ from support.tiny_models import tiny
 from veneer.adapter.new_tokens import extend_tokenizer
 
 
-@each_kind(fast=in_share(1))
+@each_kind(fast=in_share(2))
 def test_what_is_saved_loads(kind, tmp_path):
     model = kind.shaken()
     expected = kind.says(model)
@@ -50,7 +50,7 @@ def _but(model: Any, neutral: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-@each_kind(lambda kind: is_first(kind) and not kind.bits and not kind.new_tokens, fast=in_share(2))
+@each_kind(lambda kind: is_first(kind) and not kind.bits and not kind.new_tokens, fast=in_share(3))
 def test_another_base_is_refused(kind, tmp_path):
     model = kind.shaken()
     veneer.save(model, tmp_path, name="default")
@@ -58,7 +58,7 @@ def test_another_base_is_refused(kind, tmp_path):
         veneer.load(tiny(kind.architecture, seed=5), tmp_path)
 
 
-@each_kind(lambda kind: kind.bits, fast=in_share(0))
+@each_kind(lambda kind: kind.bits, fast=in_share(4))
 def test_trained_over_a_quantized_base_it_belongs_to_the_base(kind, tmp_path):
     model = kind.shaken()
     veneer.save(model, tmp_path, name="default")

@@ -234,7 +234,7 @@ CORE = {
     *("activated, llama", "prefix, llama", "prefix, mlp, qwen2", "prompt, mistral"),
     *("full, llama", "freeze, tied head, gpt2"),
 }
-SHARES = 3
+SHARES = 6
 
 
 def is_typical(kind: Kind) -> bool:
@@ -245,13 +245,16 @@ def is_typical(kind: Kind) -> bool:
     return first or (kind.name == "lora" and not kind.bits)
 
 
-def in_share(turn: int) -> Callable[[Kind], bool]:
+def in_share(turn: int, *, trains: bool = False) -> Callable[[Kind], bool]:
     """Return which kinds a law takes in every run: the core, and its share of the other typical
-    ones. Laws take turns, so that each kind is tried on a third of them in every run, and on all
-    among the slow proofs."""
+    ones. Laws take turns, so that each kind is tried on a sixth of them in every run, and on all
+    among the slow proofs. A law that trains each kind is dear, and takes every other one of the
+    core: there is another such law for the rest."""
+    core = [kind for kind in KINDS if str(kind) in CORE]
     others = [kind for kind in KINDS if is_typical(kind) and str(kind) not in CORE]
-    taken = {str(kind) for kind in others[turn % SHARES :: SHARES]} | CORE
-    return lambda kind: str(kind) in taken
+    taken = [*(core[turn % 2 :: 2] if trains else core), *others[turn % SHARES :: SHARES]]
+    names = {str(kind) for kind in taken}
+    return lambda kind: str(kind) in names
 
 
 def has_own_tensors(kind: Kind) -> bool:
