@@ -151,5 +151,6 @@ def _cases(shapes: list[str], methods: list[str]) -> dict[str, Callable[[], dict
 
 FIRST, *PUBLISHED = SHAPES
 FIGURES = ["lora", "qlora", "full", "recomputed"]
-CASES = _cases([FIRST], FIGURES)
-SLOW_CASES = _cases(PUBLISHED, FIGURES) | _cases([FIRST], [m for m in METHODS if m not in FIGURES])
+FAST = ["qlora"]
+CASES = _cases([FIRST], FAST)
+SLOW_CASES = _cases(PUBLISHED, FIGURES) | _cases([FIRST], [m for m in METHODS if m not in FAST])

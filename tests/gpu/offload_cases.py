@@ -87,8 +87,5 @@ def _is_whole(buffer: block_buffers.Buffer) -> bool:
     return buffer._whole.untyped_storage().nbytes() > 0
 
 
-CASES = {
-    "cpu": partial(run, "cpu"),
-    "disk": partial(run, "disk"),
-}
-SLOW_CASES = {"cpu, NF4": partial(run, "cpu", 4)}
+CASES = {"cpu": partial(run, "cpu")}
+SLOW_CASES = {"disk": partial(run, "disk"), "cpu, NF4": partial(run, "cpu", 4)}

@@ -38,5 +38,5 @@ def test_an_offloaded_base_makes_nobody_wait(case, pretend):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", offload_cases.SLOW_CASES)
-def test_neither_does_a_quantized_one(case, pretend):
+def test_neither_does_one_on_the_disk_or_a_quantized_one(case, pretend):
     assert_streams(pretend("offload_cases", case, "SLOW_CASES"))

@@ -31,20 +31,22 @@ def refused_in_the_last(world: World, passes: int) -> float:
 
 CASES = {
     "lora+": Case(course={"lora_plus_ratio": 6.0}),
-    "dora": Case(what=LoRA(rank=3, dora=True)),
     "NF4": Case(bits=4),
     "new tokens, padded": Case(architecture="qwen2", new_tokens=True, padded=True),
-    "prefix": Case(what=Method("prefix", virtual_tokens=5)),
     "a row a step": Case(course={"tokens_per_step": 12, "tokens_per_batch": 12}),
     "dpo": Case(objective=Objective("dpo", beta=0.7)),
-    "sharded NF4": Case(bits=4, sharded=True),
     "sharded, new tokens": Case(
         architecture="qwen2", what=LoRA(rank=3, dora=True), new_tokens=True, sharded=True
     ),
     "stopped": Case(course={"save_every": 1}, stop_at=2, place="stopped"),
 }
-SHARED = {  # rows that processes share
+MORE = {  # with less in them than one above, for the slow proofs
+    "dora": Case(what=LoRA(rank=3, dora=True)),
+    "prefix": Case(what=Method("prefix", virtual_tokens=5)),
+    "sharded NF4": Case(bits=4, sharded=True),
     "context parallel": Case(course={"context_parallel": 2}),
+}
+SHARED = {  # rows that processes share
     "context parallel, from gradients": Case(
         what=LoRA(rank=3, init="lora_ga"),
         # In long steps, signs of the start's vectors matter, and they differ from dtype to dtype.
@@ -95,9 +97,20 @@ def test_two_processes_equal_one(name: str, two: tuple[Path, list[dict[str, Resu
 
 
 @pytest.mark.slow
+def test_two_processes_equal_one_in_more_cases(tmp_path: Path) -> None:
+    first, second = trained_by(2, MORE, tmp_path)
+    for name, case in MORE.items():
+        assert first[name].error == second[name].error == ""
+        assert first[name].events == second[name].events
+        assert torch.equal(first[name].flat, second[name].flat)
+        assert_like_one(first[name], case, tmp_path)
+
+
+@pytest.mark.slow
 def test_four_processes_in_groups_of_two_equal_one(tmp_path: Path) -> None:
-    results = trained_by(4, SHARED, tmp_path)
-    for name, case in SHARED.items():
+    cases = SHARED | {"context parallel": MORE["context parallel"]}
+    results = trained_by(4, cases, tmp_path)
+    for name, case in cases.items():
         first, *others = (result[name] for result in results)
         assert all(other.error == first.error == "" for other in others)
         assert all(torch.equal(first.flat, other.flat) for other in others)
