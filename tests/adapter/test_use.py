@@ -35,6 +35,7 @@ def together(architecture: str, tmp_path):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.thinned(one_in=3)
 def test_each_acts_as_it_does_alone(architecture, tmp_path):
     model = together(architecture, tmp_path)
     before, base = snapshot(model), logits(tiny(architecture))
@@ -51,6 +52,7 @@ def test_each_acts_as_it_does_alone(architecture, tmp_path):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.thinned(one_in=3, first=1)
 def test_a_mix_is_the_weighted_sum_of_changes(architecture, tmp_path):
     model = together(architecture, tmp_path)
     weights = {"a": 0.5, "b": -2.0, "c": 1.25}

@@ -54,6 +54,7 @@ def mixture(states, weights) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (0.7, -0.3)], ids=str)
 @pytest.mark.parametrize("case", PAIRS)
+@pytest.mark.thinned
 def test_an_exact_sum_answers_as_the_mixture_at_run_time(case, weights):
     architecture, *configs = PAIRS[case]
     model = model_with(architecture, *configs)

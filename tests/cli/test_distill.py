@@ -23,7 +23,7 @@ def tune_refused(tune, capsys):
 
 def test_a_student_learns_from_a_run(tune, tune_refused, tmp_path, capsys):
     teacher, out, nothing = (tmp_path / name for name in ("teacher", "student", "nothing"))
-    assert tune("--rank", 4, "--steps", 30, "--lr", 0.01, "--out", teacher) == 0
+    assert tune("--rank", 4, "--steps", 15, "--lr", 0.01, "--out", teacher) == 0
     flags = ("--objective", "distill", "--teacher", teacher, "--rank", 2, "--steps", 8)
     assert tune(*flags, "--out", out) == 0
     losses = [line["loss"] for line in metrics(out)]

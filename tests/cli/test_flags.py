@@ -252,6 +252,7 @@ def beside(settings: list[tuple[str, str]]) -> dict[str, object]:
 
 
 @each_setting
+@pytest.mark.thinned(one_in=2, first=1)
 def test_every_flag_arrives(caught, settings):
     values = {name: VALUES[group][name] for group, name in settings}
     given = {name: value for name, (value, _) in values.items()}
@@ -299,6 +300,9 @@ def overriding(group: str, name: str) -> tuple[list[str], object]:
 
 
 @each_setting
+@pytest.mark.thinned(
+    one_in=2
+)  # the settings that the test above leaves out; each has its flag here
 def test_every_setting_of_a_recipe_arrives_and_a_flag_overrides_it(caught, tmp_path, settings):
     given = {FLAGS.get(name, name): VALUES[group][name][0] for group, name in settings}
     whole = {"model": "m", "data": "d"} | beside(settings) | given

@@ -16,7 +16,7 @@ from veneer.errors import ConfigError
 from veneer.run_directory import RunDirectory
 from veneer.run_lock import LOCK, RunLock
 
-STEPS = 24
+STEPS = 12
 FLAGS = ("--steps", str(STEPS), "--save-every", "1", "--lr", "0.01", "--dropout", "0.1", "--quiet")
 
 

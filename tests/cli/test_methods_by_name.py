@@ -19,6 +19,7 @@ from veneer.training.recipe import Recipe
         ("dora", ["--bits", "4"], 4, True),
     ],
 )
+@pytest.mark.thinned(one_in=2)
 def test_qlora_and_dora_are_lora_with_their_settings(caught, tmp_path, short, flags, bits, dora):
     spelt_out = {"method": "lora", "bits": bits, "dora": dora}
     plain = write_recipe(tmp_path / "plain.yaml", Recipe("m", Path("d")).settings())

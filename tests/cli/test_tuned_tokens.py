@@ -15,7 +15,9 @@ from veneer.cli.app import run
     ("method", "shape", "flags"),
     [
         ("prefix", (4, 2, 4, 6, 16), ("--prefix-mlp", 32)),
-        ("prefix", (4, 2, 4, 6, 16), ("--lr", 0.05)),
+        pytest.param(
+            *("prefix", (4, 2, 4, 6, 16), ("--lr", 0.05)), marks=pytest.mark.slow
+        ),  # as by an MLP, but for what makes it
         ("prompt", (6, 64), ("--prompt-text", "Say it the other way round.", "--lr", 0.05)),
     ],
     ids=["prefix by an MLP", "prefix", "prompt"],

@@ -13,7 +13,7 @@ def test_a_run_that_learnt_says_so_and_again_when_it_is_resumed(
 ):
     out = tmp_path / "out"
     flags = ("--out", out, "--eval-data", data, "--steps", 30, "--lr", 0.01)
-    flags = (*flags, "--tokens-per-step", 128)
+    flags = (*flags, "--tokens-per-step", 128, "--eval-every", 10)
     assert tune(*flags) == 0
     printed = capsys.readouterr().out
     (verdict,) = re.findall(r"^Verdict (.*)$", printed, re.MULTILINE)

@@ -122,6 +122,7 @@ def test_learnt_are_the_answers_and_their_ends(tokenizers, name, style, data):
     assert learnt_text(tokenizer, example) == style.expected(answers_of(row))
 
 
+@pytest.mark.slow  # its tokenizer takes seconds to be read; those above are byte-level too
 @settings(max_examples=40)
 @given(row=conversations())
 def test_smollm2_learns_the_answers_and_their_ends(smollm2, row):

@@ -63,9 +63,13 @@ def adapted(case: str) -> Any:
 NEEDS_BASE = {"conv1d", "embedding", "head", "olora", "dora with patterns"}
 
 
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", CASES)
-def test_every_format_into_every_other(case, tmp_path):
+def test_every_format_into_every_other(case, every, tmp_path):
+    """Each case goes into one of the formats from all, and into none that refuses it; into every
+    one among the slow proofs."""
     architecture, _ = CASES[case]
+    in_turn = FORMATS[[*CASES].index(case) % len(FORMATS)]
     model, base = adapted(case), tiny(architecture)
     assert distance(logits(model), logits(base)) > 0.01
     expressible = [name for name in FORMATS if name not in REFUSED.get(case, ())]
@@ -74,6 +78,8 @@ def test_every_format_into_every_other(case, tmp_path):
     for start, end in itertools.product(expressible, FORMATS):
         out = tmp_path / f"{start} to {end}"
         if end in expressible:
+            if not every and end != in_turn:
+                continue
             convert(tmp_path / start, out, to=end, base=base)
             again = veneer.load(tiny(architecture), out)
             assert_same_logits(logits(again), model, logits)
@@ -118,6 +124,7 @@ def test_there_and_back_is_the_same(case, tmp_path):
 
 @pytest.mark.parametrize("rank", [3, 6, 16])
 @pytest.mark.parametrize("format", ["native", "peft", "mlx", "loralib"])
+@pytest.mark.thinned
 def test_one_rank_and_one_scaling_for_all(format, rank, tmp_path):
     model = tiny("llama")
     config = veneer.LoRA(

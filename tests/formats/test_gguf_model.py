@@ -72,7 +72,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         *product(sorted({*READ} - {"llama", "gpt2"}), ("patterns",)),
     ],
 )
-@pytest.mark.thinned
+@pytest.mark.thinned(one_in=3)
 def test_the_merged_file_is_the_merged_model(name, case, tmp_path):
     base = write_model(name, random_model(name), tmp_path / "base.gguf")
     model = adapted(loaded(base), **OPTIONS[case])
@@ -85,6 +85,7 @@ def test_the_merged_file_is_the_merged_model(name, case, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.thinned(one_in=2)
 def test_what_no_adapter_touches_stays_bit_for_bit(kind, tmp_path):
     base = write_model("llama", random_model("llama"), tmp_path / "base.gguf", kind=kind)
     model = adapted(loaded(base), rank=4, targets=["q_proj", "down_proj"], layers="1")
@@ -178,6 +179,7 @@ def test_an_architecture_without_a_head_of_its_own_says_so(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llama, tied", "qwen2", "gpt2", "gemma3"])
+@pytest.mark.thinned(one_in=2)
 def test_llama_cpp_runs_the_merged_file(name, tmp_path):
     base = write_model(name, random_model(name), tmp_path / "base.gguf")
     model = adapted(loaded(base), **OPTIONS["dora"])
@@ -189,6 +191,7 @@ def test_llama_cpp_runs_the_merged_file(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["llama", "llama, tied"])
 @pytest.mark.parametrize("kind", ["F32", "Q4_1"])
+@pytest.mark.thinned
 def test_new_tokens_go_into_the_list_and_into_rows(name, kind, tmp_path):
     base = write_model(name, random_model(name), tmp_path / "base.gguf", kind=kind)
     model = loaded(base)

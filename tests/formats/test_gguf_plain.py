@@ -117,6 +117,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.thinned(one_in=2)
 def test_llama_cpp_gives_our_ids_and_probabilities(name, tmp_path):
     config, pre = CASES[name]
     tokens = tokenizer(pre, bos=name == "llama 3")

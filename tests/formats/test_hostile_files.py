@@ -14,7 +14,7 @@ from support import endings, spoilt_files, warm
 TESTS = Path(__file__).parents[1]
 GROWTH = 256 * 2**20  # bytes; the files themselves have some thousand
 # Of 2,000 files of each kind that the slow proof reads, what a normal run does.
-FIRST = {"gguf": 40}
+FIRST = {"gguf": 20}
 
 
 def in_a_process(python: str, *arguments: str, cwd: Path | None = None) -> str:
@@ -45,7 +45,7 @@ def read_spoilt(kind: str, first: int, count: int) -> dict[str, int]:
 
 @pytest.mark.parametrize("kind", spoilt_files.READERS)
 def test_spoilt_files(kind):
-    ends = read_spoilt(kind, 0, FIRST.get(kind, 150))
+    ends = read_spoilt(kind, 0, FIRST.get(kind, 50))
     # Neither all refused, for then nothing was read, nor all read, for then nothing was spoilt.
     assert ends.pop("loaded", 0) > 0
     assert sum(ends.values()) > 0

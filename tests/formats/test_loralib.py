@@ -112,6 +112,7 @@ def gpt2_layers(enabled: tuple[bool, ...], r: int = 2) -> dict[str, dict[str, An
 @pytest.mark.parametrize(
     "enabled", [QKV, (True, True, True), (True, False, False), (False, True, False), (True, True)]
 )
+@pytest.mark.thinned
 def test_fused_layers_with_blocks_both_ways(enabled, r, tmp_path):
     theirs = replaced("gpt2", gpt2_layers(enabled, r))
     random_factors(theirs)

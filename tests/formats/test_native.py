@@ -43,6 +43,7 @@ def adapted(architecture: str, case: str, *, seed: int = 1):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.thinned
 def test_round_trip(architecture, case, tmp_path):
     model = adapted(architecture, case)
     veneer.save(model, tmp_path / "a")

@@ -37,7 +37,7 @@ AS_ONE: dict[str, dict[str, str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.thinned(one_in=2)
+@pytest.mark.thinned(one_in=4)
 def test_logits_both_ways(case, tmp_path):
     kind, options = CASES[case]
     peer = theirs(kind, options)
@@ -66,7 +66,7 @@ def test_logits_both_ways(case, tmp_path):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.thinned(one_in=2, first=1)
+@pytest.mark.thinned(one_in=4, first=2)
 def test_gradients_after_one_step(case, tmp_path):
     kind, options = CASES[case]
     peer, reference = theirs(kind, options), in_float64(theirs(kind, options))

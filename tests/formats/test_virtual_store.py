@@ -137,6 +137,7 @@ def text_of(logits: Tensor) -> Tensor:
 
 @each_model
 @each_method
+@pytest.mark.thinned
 def test_what_peft_writes_we_read(architecture, method, tmp_path):
     peer = text_of(theirs(architecture, method, tmp_path / "peft"))
     model = veneer.load(tiny(architecture), tmp_path / "peft")

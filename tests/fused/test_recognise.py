@@ -152,6 +152,7 @@ def test_a_layer_that_returns_more_keeps_its_own_forward(monkeypatch):
 
 @pytest.mark.parametrize("layers", [0, 1, 2])
 @pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.thinned
 def test_a_bases_own_checkpointing_is_ours_in_a_pass(reentrant, layers):
     """It would compute layers again when packed rows are no longer known."""
     model = adapted()

@@ -71,6 +71,7 @@ def test_transformers_attention_takes_the_same_way():
 @pytest.mark.parametrize("has_sinks", [False, True])
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("shape", ["equal", "shared"])
+@pytest.mark.thinned
 def test_flex_attention_caps_scores(shape, window, has_sinks):
     leaves, attention = inputs(shape, "sinks" if has_sinks else "plain", torch.float64)
     q, k, v = (x.detach() for x in leaves)

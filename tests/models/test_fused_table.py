@@ -34,14 +34,11 @@ HEAD = "| model type | layers fused | rows | head | why not |\n|---|---|---|---|
 LORA = veneer.LoRA(rank=2, targets="all")
 ROWS = examples([7, 19, 12, 5])
 # What once failed in one of the steps: a stack of experts beside a layer of the same name, routers
-# and grouped layers that look linear, layers that differ in their heads, states without a gradient
-# at padding, parts of several attentions.
-ONCE_BROKEN = {
-    *("qwen2_moe", "llama4_text", "phimoe", "deepseek_v4", "dots3_note_text", "gemma3n_text"),
-    *("modernbert-decoder", "longcat_flash", "got_ocr2"),
-}
+# and grouped layers that look linear, layers that differ in their heads, parts of several
+# attentions. The largest of those that once failed are slow.
+ONCE_BROKEN = {"qwen2_moe", "llama4_text", "phimoe", "modernbert-decoder", "got_ocr2"}
 # One of each structure that people tune; tests/laws/test_fused_gradients.py has all their models.
-USUAL = {"llama", "qwen3", "gemma3_text", "phi3", "granite", "gpt2", "falcon", "mixtral"}
+USUAL = {"llama", "gemma3_text", "phi3", "gpt2", "falcon", "mixtral"}
 
 
 @dataclass(frozen=True)

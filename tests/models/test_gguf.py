@@ -66,7 +66,7 @@ def llama_ids(post: Post, text: str) -> list[int]:
     return post("/tokenize", body)["tokens"]
 
 
-@pytest.mark.parametrize("count", [600, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [200, pytest.param(3000, marks=pytest.mark.slow)])
 def test_ids_equal_those_of_llama_cpp_line_by_line(count, tokenizer, llama_cpp):
     lines = mixed_lines(count)
     assert len(set(lines)) > 0.96 * count
@@ -101,6 +101,7 @@ def test_every_line_comes_back_from_its_ids(tokenizer):
         assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == line
 
 
+@pytest.mark.slow  # as it is of small models in tests/formats/test_gguf_plain.py
 def test_the_next_token_is_as_likely_as_llama_cpp_says(model, tokenizer, llama_cpp):
     # llama.cpp rounds what flows between its layers to 8 bits, so its numbers are near ours only.
     for prompt in ("The capital of France is", "Water boils at", "def add(a, b):\n    return"):
@@ -129,6 +130,7 @@ def original(tensor: gguf_format.ReaderTensor, model: PreTrainedModel) -> np.nda
     return pairs.swapaxes(1, 2).reshape(rows, columns)
 
 
+@pytest.mark.slow  # as those of the small models below are
 def test_weights_are_the_file_s_own_dequantised(smollm2, model):
     names = {
         "token_embd": "model.embed_tokens",
@@ -153,6 +155,7 @@ def test_weights_are_the_file_s_own_dequantised(smollm2, model):
         assert torch.equal(parameters[path], expected), tensor.name
 
 
+@pytest.mark.slow
 def test_the_model_is_dense_and_can_be_saved(model, tmp_path):
     assert all(type(weight) is torch.nn.Parameter for weight in model.parameters())
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
@@ -165,6 +168,7 @@ def test_the_model_is_dense_and_can_be_saved(model, tmp_path):
     assert all(torch.equal(saved[n], w) for n, w in model.named_parameters())
 
 
+@pytest.mark.slow
 def test_the_skeleton_has_the_same_shapes(model):
     skeleton = load_skeleton("smollm2-135m")
     assert skeleton.config.model_type == model.config.model_type == "llama"

@@ -210,6 +210,7 @@ def test_the_skeleton_of_minigpt_needs_no_pretraining():
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.thinned(one_in=3)
 def test_a_fingerprint_is_the_base_s_own_whatever_is_done_with_it(architecture):
     mark = fingerprint(tiny(architecture))
     model = tiny(architecture)

@@ -7,11 +7,12 @@ import pytest
 
 import veneer.cli.plan_tables
 import veneer.plan.find
+from support.thinned import thinned
+from support.tiny_gguf import random_model, write_model
 from veneer.adapter.config import LoRA
 from veneer.cli.app import run
 from veneer.errors import ModelError
 from veneer.models.load import config_of
-from veneer.models.locate import locate
 from veneer.plan.config import PlanConfig
 from veneer.plan.find import find_sizes, sizes_of
 from veneer.plan.methods import adapted_layers
@@ -57,7 +58,10 @@ def test_a_plan_that_fits_says_so_and_one_that_never_does_too(capsys, monkeypatc
     ("memory", "shown", "fits"),
     [
         ("24GB", "24.0 GB", "it just fits, with less than 10% left. --recompute selective needs"),
-        ("22GB", "22.0 GB", "it does not fit. With --recompute selective it would"),
+        pytest.param(
+            *("22GB", "22.0 GB", "it does not fit. With --recompute selective it would"),
+            marks=pytest.mark.slow,
+        ),
         pytest.param("36 GiB", "38.7 GB", "it fits.", marks=pytest.mark.slow),
         ("0.08t", "80.0 GB", "it fits."),
         ("600MB", "600.0 MB", "it does not fit, whatever its settings."),
@@ -133,7 +137,7 @@ def test_formulas_are_shown_when_asked_for(capsys):
         *("llama-2-70b", "gpt2", "qwen2.5-72b"),
     ],
 )
-@pytest.mark.thinned(one_in=3)
+@pytest.mark.thinned(one_in=4)
 def test_every_plan_keeps_to_100_columns(capsys, arguments):
     assert run(["plan", *arguments.split(), "--formulas"]) == 0
     out = capsys.readouterr().out
@@ -160,7 +164,7 @@ def test_every_plan_keeps_to_100_columns(capsys, arguments):
         ("gpt-oss-20b", ["feed-forward 32 experts of 2,880 (4 active),"]),
     ],
 )
-@pytest.mark.thinned(one_in=2)
+@pytest.mark.thinned(one_in=4)
 def test_a_mixture_is_described_by_its_experts_and_by_what_bits_leave(capsys, name, texts):
     text = printed(capsys, name, "--method", "qlora", "--memory", "20GB")
     for expected in texts:
@@ -227,10 +231,10 @@ def test_what_a_config_leaves_out_is_what_transformers_builds():
 
 
 def test_a_gguf_file_is_planned_and_a_directory_that_holds_only_it(capsys, tmp_path):
-    file = locate("smollm2-135m")
-    (tmp_path / "model.gguf").symlink_to(file)
+    model = random_model("llama")
+    file = write_model("llama", model, tmp_path / "model.gguf")
     for place in (file, tmp_path):
-        assert "134,515,008 parameters" in printed(capsys, str(place))
+        assert f"{model.num_parameters():,} parameters" in printed(capsys, str(place))
 
 
 @pytest.mark.parametrize("name", ["qwen3-8b", "gpt-oss-20b"])
@@ -255,6 +259,7 @@ def test_a_damaged_config_is_one_clear_error(tmp_path, text):
 @pytest.mark.parametrize(
     ("how", "bits"), [("load_in_4bit", "NF4"), ("load_in_8bit", "8-bit codes")]
 )
+@pytest.mark.thinned(one_in=2)
 def test_a_quantized_directory_is_planned_as_it_is(how, bits, tmp_path, capsys):
     quantization = {"quant_method": "bitsandbytes", how: True}
     (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"quantization_config": quantization}))
@@ -300,7 +305,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize(
     "method",
-    [pytest.param(m, marks=pytest.mark.slow) if m == "awq" else m for m in PUBLISHED],  # as GPTQ
+    thinned([*PUBLISHED], ("gptq", "mxfp4").__contains__),  # a dense one and a mixture
 )
 def test_what_is_published_quantized_is_planned_by_what_its_files_hold(method, tmp_path, capsys):
     how, bits = PUBLISHED[method]

@@ -156,7 +156,7 @@ def planned_to_keep(name, *, full, recompute, dtype, targets, dropout=0.0, dora=
     ],
 )
 @pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.thinned(pairs=True)
+@pytest.mark.thinned
 def test_two_functions_keep_what_is_planned(name, dora, recompute, dtype):
     run = {"full": False, "recompute": recompute, "dtype": dtype, "targets": "all", "dora": dora}
     assert all_fused(deeper_sizes(name), Trained(Amount("none", ())))

@@ -116,6 +116,7 @@ def test_lora_over_stacks_of_experts_trains_what_veneer_attaches(name):
 
 
 @pytest.mark.parametrize("name", EVERY)
+@pytest.mark.thinned(one_in=2)
 def test_lora_and_dora_train_what_peft_trains(name):
     lora = LoRA(rank=4, targets="all", expert_rank=2 if name in MIXTURES else None)
     lines = adapted_layers(sizes(name), lora)

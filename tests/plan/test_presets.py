@@ -104,11 +104,13 @@ def test_every_preset_has_a_published_figure():
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.thinned(one_in=3)
 def test_presets_have_the_parameters_of_the_published_models(name):
     assert find_sizes(name).description.parameters + unbuilt(name) == PUBLISHED[name]
 
 
 @pytest.mark.parametrize("name", ROUNDED)
+@pytest.mark.thinned(one_in=2)
 def test_presets_have_the_parameters_that_a_report_rounds(name):
     published = ROUNDED[name]
     digits = len(str(published).partition(".")[2])
@@ -135,8 +137,8 @@ def test_the_preset_minigpt_is_what_pretrain_builds():
     assert find_sizes("minigpt") == sizes_of(minigpt.MiniGPTConfig())
 
 
-# One of each family that most people tune, in every run.
-USUAL = ("smollm2-135m", "qwen3-0.6b", "gemma-3-1b", "mixtral-8x7b", "gpt-oss-20b", "minigpt")
+# A dense one, a mixture, and our own, in every run; of the others the sizes, as above.
+USUAL = ("smollm2-135m", "gpt-oss-20b", "minigpt")
 
 
 @pytest.mark.parametrize(

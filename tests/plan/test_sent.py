@@ -49,6 +49,7 @@ def world(monkeypatch):
         ("gpt2", 8, None, "none"),
     ],
 )
+@pytest.mark.thinned
 def test_what_is_planned_to_be_sent_is_what_is_sent(
     architecture, bits, layers, recompute, shard, world
 ):

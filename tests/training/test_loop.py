@@ -105,9 +105,7 @@ def test_the_same_seed_gives_the_same_run():
 @pytest.mark.parametrize(
     "architecture",
     [
-        each
-        if each in ("falcon", "gpt2", "llama", "minigpt")
-        else pytest.param(each, marks=pytest.mark.slow)
+        each if each in ("gpt2", "llama") else pytest.param(each, marks=pytest.mark.slow)
         for each in ARCHITECTURES
     ],
 )

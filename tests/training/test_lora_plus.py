@@ -54,6 +54,7 @@ def theirs(architecture: str, targets: list[str], ratio: float) -> dict[str, flo
 
 @pytest.mark.parametrize("ratio", [0.25, 4.0, 16.0])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.thinned
 def test_groups_are_the_authors(architecture, ratio):
     model = tiny(architecture)
     config = veneer.LoRA(rank=2, targets=targets_named(model, "everything"))

@@ -182,7 +182,8 @@ def test_what_trainer_writes_is_the_base_with_the_adapter_beside_it(architecture
 
 
 @pytest.mark.parametrize(
-    "architecture", ["llama", pytest.param("mamba", marks=pytest.mark.slow), "t5"]
+    "architecture",
+    ["llama", *(pytest.param(each, marks=pytest.mark.slow) for each in ("mamba", "t5"))],
 )
 def test_gradient_checkpointing_changes_nothing(architecture):
     theirs = trainer_losses(new_model(architecture, "all"), BATCHES)

@@ -88,7 +88,7 @@ def poem(home, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def process(home, poem):
-    served = start(home, "--adapter", f"poem={poem}", "--queue", "64", python=sys.executable)
+    served = start(home, "--adapter", f"poem={poem}", "--queue", "64", python=warm.executable())
     yield served
     served.process.kill()
     served.process.wait()
@@ -191,9 +191,16 @@ def test_a_port_in_use_is_an_error(process, home, capsys):
     assert f"Cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT])
-def test_a_long_stream_is_cut_properly_once_its_time_is_over(by, home):
-    served = start(home, "--drain-seconds", "0.2", python=warm.executable())
+@pytest.mark.parametrize(
+    ("by", "is_cold"),
+    [
+        *((signal.SIGTERM, False), (signal.SIGINT, False)),
+        pytest.param(signal.SIGTERM, True, marks=pytest.mark.slow),  # it imports all by itself
+    ],
+)
+def test_a_long_stream_is_cut_properly_once_its_time_is_over(by, is_cold, home):
+    python = sys.executable if is_cold else warm.executable()
+    served = start(home, "--drain-seconds", "0.2", python=python)
     end_in_a_stream(served, home.name, by=by)
 
 

@@ -22,9 +22,10 @@ CHECKS = [
 ]
 
 
+@pytest.mark.parametrize("most", [3, pytest.param(6, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mode", list(GenerationMode))
 def test_nothing_that_the_schema_allows_or_forbids_breaks_the_server(
-    two, adapter_dirs, tmp_path, mode
+    two, adapter_dirs, tmp_path, mode, most
 ):
     with training(tmp_path / "runs", adapters=two, loading_root=adapter_dirs) as server:
         client = client_of(server)
@@ -37,14 +38,16 @@ def test_nothing_that_the_schema_allows_or_forbids_breaks_the_server(
         for operation in operations:
             if mode is GenerationMode.NEGATIVE and not list(operation.body):
                 continue  # takes nothing that could be wrong
-            try_out(operation, mode, {"file_id": file, "fine_tuning_job_id": job, "job_id": job})
+            try_out(
+                operation, mode, most, {"file_id": file, "fine_tuning_job_id": job, "job_id": job}
+            )
 
 
-def try_out(operation, mode, ids):
+def try_out(operation, mode, most, ids):
     is_plain = "{" in operation.path and not list(operation.body)  # of an id alone
 
     @settings(
-        max_examples=3 if is_plain else 6,
+        max_examples=most // 2 if is_plain else most,
         derandomize=True,
         suppress_health_check=list(HealthCheck),
     )

@@ -121,6 +121,7 @@ def own_logits(model: PreTrainedModel, homes: dict, tokens: Tensor, *, force: bo
 
 
 @pytest.mark.parametrize(("architecture", "kind"), CASES)
+@pytest.mark.thinned
 def test_each_row_is_what_the_model_gives(architecture, homes, kind):
     make = BASES[kind]
     model, tokens = make(architecture), ids(len(ROWS), 19)

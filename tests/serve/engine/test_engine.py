@@ -69,6 +69,7 @@ def runner_kind(compiled, monkeypatch):
 
 @pytest.mark.usefixtures("runner_kind")
 @pytest.mark.parametrize(("architecture", "compiled"), [*COMPILED, *GENERAL])
+@pytest.mark.thinned(one_in=2)
 def test_answers_together_equal_generate_alone(architecture, compiled, tmp_path):
     homes = write_adapters(tmp_path, architecture) if architecture != "falcon" else {}
     requests = [request(n, which) for n, which in enumerate([None, *homes, None, *homes])]
@@ -87,8 +88,10 @@ def test_answers_together_equal_generate_alone(architecture, compiled, tmp_path)
 
 @pytest.mark.usefixtures("runner_kind")
 @pytest.mark.parametrize(
-    ("architecture", "compiled", "each_asks"), [("llama", True, 25), ("minigpt", False, 10)]
+    ("architecture", "compiled", "each_asks"),
+    [("llama", True, 6), ("llama", True, 25), ("minigpt", False, 4)],
 )
+@pytest.mark.thinned(one_in=2)
 def test_eight_threads_with_a_reload_in_the_middle(architecture, compiled, each_asks, tmp_path):
     """Greedy requests over the base and three adapters: each equals its solo run."""
     homes = write_adapters(tmp_path, architecture)

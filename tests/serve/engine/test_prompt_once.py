@@ -76,6 +76,7 @@ def test_rows_whose_twin_goes_away_compute_the_prompt_themselves():
     [(None, "compiled"), ("plain", "compiled"), ("dora", "compiled"), ("dora", "general")],
 )
 @pytest.mark.parametrize("pooling", ["mean", "last"])
+@pytest.mark.thinned
 def test_embeddings_are_what_the_decoder_gives(pooling, which, kind, tmp_path, monkeypatch):
     if RUNNERS[kind] is not None:
         monkeypatch.setattr(engines, "runner_for", RUNNERS[kind])
