@@ -169,7 +169,7 @@ def test_an_error_of_the_disk_shows_the_client_no_path(small, tmp_path, capsys):
     Work(tmp_path / "run", 1, Asked(None)).fail(storage_error(OSError(errno.ENOSPC, ""), tmp_path))
     fault = end_of(log).fault
     assert (fault.code, str(tmp_path) in fault.message) == ("disk_failed", False)
-    assert "resume the job" in fault.message
+    assert "The job can be resumed" in fault.message
     assert f"{tmp_path} cannot be written: the disk is full" in capsys.readouterr().err
 
 
