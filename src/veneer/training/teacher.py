@@ -61,8 +61,8 @@ def read_teacher(teacher: str, model: PreTrainedModel) -> AdapterState:
     if not directory.exists() or (directory / "config.json").is_file():
         what = "is a whole model" if directory.exists() else "is no directory"
         raise ConfigError(
-            f"{teacher} {what}, and cannot teach: a teacher is an adapter of the same base. Name "
-            "its directory by --teacher."
+            f"{teacher} {what}, and cannot teach given answers: their teacher is an adapter of the "
+            "same base. Name its directory by --teacher; with --on-policy another model can teach."
         )
     state = adapters.read(directory, model)
     config = state.config
