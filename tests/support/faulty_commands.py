@@ -18,6 +18,7 @@ from support.tiny_models import tiny
 from veneer.formats.merged import write_model
 
 TRAINING = ("--steps", "4", "--save-every", "2", "--rank", "2", "--lr", "0.01", "--quiet")
+TRAINING += ("--dtype", "float32")  # which would else be found out by measuring
 RUN = ("out/lora_adapter", "out/lora_merged")
 ROWS = [{"prompt": "a b c d"[: 1 + i % 7], "completion": "efghijklm"[i % 5 :]} for i in range(12)]
 

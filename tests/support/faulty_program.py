@@ -1,4 +1,5 @@
-"""`veneer`, with files of no content as pictures: drawing takes longer than all else in these runs.
+"""`veneer`, with files of no content as pictures and few rows to pretrain on: drawing, and reading
+all rows, take longer than all else in these runs.
 
 python -m support.faulty_program ARGUMENTS
 
@@ -14,8 +15,10 @@ import veneer.cli.tune
 from veneer import errors, files
 from veneer.cli import app, main
 from veneer.formats import convert
+from veneer.training import pretrain
 
 veneer.cli.tune.draw_losses = lambda lines, path: path.touch()
+pretrain.DOCUMENTS = 200
 
 
 @contextmanager
