@@ -129,7 +129,8 @@ class Skipped(Event):
 class Evaluated(Event):
     """Held-out rows were measured, at step 0 before the first: the mean loss over label tokens, or
     by the run's objective, where there is no perplexity; and what that measures beside. Of prompts
-    it is the mean reward of answers to them, with its sign turned, for the least is best."""
+    it is the mean reward of answers to them, with its sign turned, for the least is best; or how
+    far the teacher is."""
 
     step: int
     eval_loss: float

@@ -18,7 +18,7 @@ STEPS = {
 EVALUATIONS = {
     "step": "The step after which held-out rows were measured; 0 is before the first.",
     "eval_loss": "The mean loss of their label tokens, in nats, or what the objective means; of "
-    "held-out prompts their mean reward with its sign turned.",
+    "held-out prompts their mean reward with its sign turned, or how far the teacher is.",
     "perplexity": "exp(eval_loss); null where the loss is not that of tokens.",
 }
 PAIRS = {

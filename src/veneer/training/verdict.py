@@ -79,11 +79,14 @@ def judge(lines: Sequence[Mapping[str, Any]], *, usual_lr: float) -> Verdict:
         elif best_step == end:
             kept = ""
     else:
+        # Answers that a teacher follows are others in each step, and not learnt by heart.
+        has_rows = not any("answer_tokens" in line for line in steps)
+        flag = "--eval-rows" if has_rows else "--eval-data"
         what, first, last = "training loss", course.first, course.last
         best, best_step = last, steps[-1]["step"]
         diverged, overfitted, learnt = course.rose, False, course.fell
-        kept = " No rows are held out that would say more (--eval-rows)."
-        if learnt and last < BY_HEART:
+        kept = f" No rows are held out that would say more ({flag})."
+        if has_rows and learnt and last < BY_HEART:
             kept = (
                 " That is near zero, so the rows may be learnt by heart: ask it something new, or "
                 "hold out rows (--eval-rows)."
@@ -101,7 +104,7 @@ def judge(lines: Sequence[Mapping[str, Any]], *, usual_lr: float) -> Verdict:
     if diverged:
         low, turn = (best, best_step) if held_out else (course.lowest, course.turn)
         if not held_out:
-            kept = " The weights are those of the end; --eval-rows keeps the best."
+            kept = f" The weights are those of the end; {flag} keeps the best."
         return Verdict(
             "diverged",
             f"The run diverged {_after(turn, low < first)}: {_losses(what, first, low, last)}. "
