@@ -12,19 +12,38 @@ import torch
 
 import veneer
 from support.prompts import prompts
-from support.random_adapters import shake, tokenizer, trained_weights
+from support.random_adapters import (
+    examples,
+    shake,
+    tokenizer,
+    trained_weights,
+    with_new_tokens,
+)
 from support.runs import new_model, of
+from support.tiny_gguf import random_model
+from support.tiny_gguf import write_model as write_gguf
 from support.tiny_models import quantized, tiny
 from veneer.adapter.use import in_use
+from veneer.data.encode import UNLABELLED, Example
+from veneer.data.packing import pack
 from veneer.errors import AdapterError, ConfigError, TrainingError
 from veneer.formats.merged import write_model
+from veneer.fused.forward import choose_forward
 from veneer.objectives.config import Objective
 from veneer.objectives.policy_config import OnPolicy
 from veneer.run_directory import RunDirectory
 from veneer.training import metric_names
 from veneer.training.begin import let_train
-from veneer.training.events import DataReady, Evaluated, Planned, Step, Stopped, Verdict
-from veneer.training.live_teacher import BASE, bytes_of_live_teacher
+from veneer.training.events import (
+    DataReady,
+    Evaluated,
+    Notice,
+    Planned,
+    Step,
+    Stopped,
+    Verdict,
+)
+from veneer.training.live_teacher import BASE, bytes_of_live_teacher, is_adapter, teaching
 from veneer.training.on_policy.run import train_on_policy
 from veneer.training.recipe import Recipe
 
@@ -82,10 +101,10 @@ def test_a_teacher_equal_to_the_student_teaches_nothing(teacher, divergence):
     assert far.loss >= 1e-2
 
 
-SLOW = [pytest.param(which, marks=pytest.mark.slow) for which in ("base", "model")]
+SLOW = [pytest.param(which, marks=pytest.mark.slow) for which in ("adapter", "model")]
 
 
-@pytest.mark.parametrize("which", ["adapter", *SLOW])
+@pytest.mark.parametrize("which", ["base", *SLOW])  # an adapter teaches a recipe below
 def test_a_student_comes_nearer_to_whoever_teaches(teacher, other_model, which):
     """And what acts and trains afterwards is what did before."""
     model = student(teacher if which == "base" else None)
@@ -107,6 +126,43 @@ def test_a_student_comes_nearer_to_whoever_teaches(teacher, other_model, which):
     assert (in_use(model), [*trained_weights(model)]) == (names, weights)
     assert [type(module) for module in model.modules()] == modules
     assert all(torch.equal(w, before[n]) for n, w in model.named_parameters() if n in before)
+
+
+def test_a_model_of_fewer_tokens_gives_its_logits_also_behind_one_that_it_lacks(tmp_path):
+    """A student may draw tokens that only fill up its vocabulary."""
+    fewer = tiny("qwen2")
+    fewer.resize_token_embeddings(90)
+    write_model(fewer, tokenizer(90), tmp_path / "fewer")
+    model, known = new_model(), examples([9, 7], vocabulary=90)
+    forward, _ = choose_forward(model, known)
+    drawn = Example([3, 95, 8, 94, 7], [UNLABELLED, 95, 8, 94, 7], "a sample", 0)
+    with teaching(str(tmp_path / "fewer"), model, tokenizer(90), known) as teacher:
+        logits = teacher.on(forward, pack([drawn], [0]))(0, 4)
+    with torch.no_grad():
+        expected = fewer(torch.tensor([[3, 89, 8, 89, 7]])).logits[0, :-1]
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_slower_way_of_the_teacher_is_announced(other_model, monkeypatch):
+    monkeypatch.setattr(
+        "veneer.training.live_teacher.choose_forward",
+        lambda *rows, **options: (choose_forward(*rows, **options)[0], ["Rows are padded."]),
+    )
+    events = run(student(), other_model, replace(COURSE, steps=1))
+    assert "Of the teacher: Rows are padded." in [notice.text for notice in of(Notice, events)]
+    assert of(Step, events)[0].loss > 0
+
+
+def test_an_adapter_is_known_from_a_model_by_what_is_there(teacher, other_model, tmp_path):
+    gguf = random_model("llama")
+    (tmp_path / "one").mkdir()
+    write_gguf("llama", gguf, tmp_path / "one" / "model.gguf")
+    veneer.attach(gguf, veneer.LoRA(rank=2))
+    veneer.save(gguf, tmp_path / "adapter.gguf", format="gguf")
+    for place in (teacher, tmp_path / "adapter.gguf", tmp_path, "https://server/v1"):
+        assert is_adapter(str(place))
+    for place in (other_model, tmp_path / "one", tmp_path / "one" / "model.gguf", "a/name", BASE):
+        assert not is_adapter(str(place))
 
 
 def nf4():
@@ -161,6 +217,10 @@ def test_what_cannot_teach_samples_is_refused_by_name(teacher, tmp_path):
             run(student(), name)
     with pytest.raises(AdapterError, match="does not fit the base"):
         run(veneer.attach(tiny("qwen2"), veneer.LoRA(rank=2)), teacher)
+    extended = tiny("llama")
+    with_new_tokens(extended, tokenizer())
+    with pytest.raises(ConfigError, match="have no new tokens yet, and the model has some"):
+        run(veneer.attach(extended, veneer.LoRA(rank=2)), BASE)
 
 
 @pytest.fixture
@@ -186,6 +246,7 @@ def test_a_recipe_is_taught_on_samples(recipe, teacher, other_model):
     (ready,), (planned,), (verdict,) = (of(kind, events) for kind in (DataReady, Planned, Verdict))
     assert not any(learnt for _, learnt in ready.example)
     assert "training loss" in verdict.text
+    assert "--eval-data" in verdict.text
     steps = [line for line in RunDirectory(recipe.out).read_metrics() if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3]
     assert steps[0].keys() - metric_names.STEPS.keys() <= metric_names.SAMPLES.keys()
@@ -202,6 +263,14 @@ def test_a_recipe_is_taught_on_samples(recipe, teacher, other_model):
     by_model = replace(recipe, objective=replace(recipe.objective, teacher=other_model))
     held = bytes_of_live_teacher(by_model, torch.float32, tiny("llama").config)
     assert held == 4 * sum(weight.numel() for weight in tiny("qwen2").parameters())
+
+
+def test_a_teacher_without_attention_is_planned(recipe, tmp_path):
+    write_model(tiny("mamba"), tokenizer(), tmp_path / "mamba")
+    by_mamba = replace(recipe.objective, teacher=str(tmp_path / "mamba"))
+    recipe = replace(recipe, objective=by_mamba)
+    held = bytes_of_live_teacher(recipe, torch.float32, tiny("llama").config)
+    assert held == 4 * sum(weight.numel() for weight in tiny("mamba").parameters())
 
 
 def test_what_does_not_go_with_a_teacher_of_samples_is_listed_at_once(recipe, tmp_path):
@@ -225,6 +294,12 @@ def test_what_does_not_go_with_a_teacher_of_samples_is_listed_at_once(recipe, tm
     recipe.data.write_text('{"answer": "no prompt"}\n{"prompt": ""}\n')
     with pytest.raises(Exception, match=r"(?s)prompts\.jsonl:1.*prompts\.jsonl:2"):
         list(veneer.tune(recipe))
+    extended, words = tiny("llama"), tokenizer()
+    with_new_tokens(extended, words)
+    start = tmp_path / "extended"
+    veneer.save(veneer.attach(extended, veneer.LoRA(rank=2)), start, tokenizer=words)
+    with pytest.raises(ConfigError, match="extended has new tokens, which prompts and samples"):
+        list(veneer.tune(replace(recipe, start_from=start)))
     wrong = replace(recipe.objective, teacher=str(tmp_path / "nowhere"))
     with pytest.raises(ConfigError, match=r"(?s)reasons.*nowhere cannot teach"):
         list(veneer.tune(replace(recipe, objective=wrong, data=tmp_path / "none.jsonl")))

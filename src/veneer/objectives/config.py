@@ -95,6 +95,7 @@ class Objective:
         usual["divergence"] = "reverse" if self.on_policy is True else "forward"
         if self.divergence is None:
             object.__setattr__(self, "divergence", usual["divergence"])
+        also = ", or base, or another model" if self.on_policy is True else ""
         only = {
             "label_smoothing": SMOOTHED,
             "simpo_margin": ("simpo",),
@@ -133,7 +134,7 @@ class Objective:
             },
             contradictions={
                 "distill learns from a teacher; name the directory of another adapter of this base "
-                "by teacher": name == "distill" and not self.teacher,
+                f"by teacher{also}": name == "distill" and not self.teacher,
                 f"jsd_beta would do nothing with divergence {self.divergence}; it is of jsd": (
                     name == "distill" and self.divergence != "jsd" and self.jsd_beta != 0.5
                 ),

@@ -52,7 +52,8 @@ class OnPolicy:
     updates: int = 1
     """Optimizer steps on the samples of a step."""
     eval_answers: int = 1
-    """Answers to each prompt of eval_data, whose mean reward decides which weights are best."""
+    """Answers to each prompt of eval_data, whose mean reward, or distance from the teacher, decides
+    which weights are best."""
     kl_weight: float = 0.0
     """The weight of the distance from the base without the adapter."""
     clip_low: float = 0.2

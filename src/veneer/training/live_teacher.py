@@ -7,10 +7,11 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,12 +20,15 @@ from veneer.adapter.use import acting
 from veneer.data.encode import Example
 from veneer.data.packing import Batch
 from veneer.errors import ConfigError, ModelError
+from veneer.formats import adapters
 from veneer.formats.state import AdapterState
+from veneer.formats.training import computed_in
 from veneer.fused.forward import Forward, choose_forward
 from veneer.fused.head import NotedStates
 from veneer.models.evaluating import evaluating
 from veneer.models.fingerprint import fingerprint
 from veneer.models.load import load_base, load_config_and_tokenizer, skeleton_of
+from veneer.models.locate import locate
 from veneer.objectives.taught_samples import TeacherLogits
 from veneer.training.planned import plan_run
 from veneer.training.recipe import Recipe
@@ -38,19 +42,24 @@ class LiveTeacher:
     """A model that gives its logits for whatever its student says.
 
     acts: the context in which it is the teacher. digest: a hash of it. forward: how its passes are
-    computed, None where as the student's.
+    computed, None where as the student's. notices: what a person should know of that.
     """
 
     model: PreTrainedModel
     acts: Callable[[], AbstractContextManager[None]]
     digest: str
     forward: Forward | None = None
+    notices: Sequence[str] = ()
 
     @torch.no_grad()
     def on(self, students: Forward, batch: Batch) -> TeacherLogits:
         """Return what the teacher gives the label tokens of a batch. students: how the student's
         passes are computed."""
         forward = self.forward or students
+        if self.forward is not None:
+            # A student may draw tokens that fill up its vocabulary, and that a narrower one lacks.
+            last = self.model.config.get_text_config().vocab_size - 1
+            batch = replace(batch, tokens=np.minimum(batch.tokens, last))
         noted = NotedStates(self.model, forward.head)
         with self.acts(), evaluating(self.model):
             forward.losses(self.model, batch, noted)
@@ -99,10 +108,18 @@ def check_vocabulary(
 
 def is_adapter(teacher: str) -> bool:
     """Return whether a teacher is an adapter over the student's base, and no model of its own."""
-    directory = Path(teacher).expanduser()
     if "://" in teacher:
         return True  # which is refused as one
-    return directory.is_dir() and not (directory / "config.json").is_file()
+    place = Path(teacher).expanduser()
+    if not place.exists() or (place / "config.json").is_file():
+        return False
+    if adapters.holds_adapter(place):
+        return True
+    try:
+        locate(place)
+    except ModelError:
+        return True  # neither, and what reads adapters says what is there
+    return False
 
 
 def read_low_rank(teacher: str, model: PreTrainedModel) -> AdapterState:
@@ -133,16 +150,18 @@ def teaching(
         with attached(student, state):
             yield LiveTeacher(student, partial(acting, student, NAME), digest_of(state))
     else:
-        dtype = str(student.dtype).removeprefix("torch.")
+        # Its first weight is an adapter's where the base is quantized, embedding and all.
+        dtype = computed_in(student).dtype
         with torch.random.fork_rng([]):
             base = load_base(teacher, device=student.device, dtype=dtype)
             check_vocabulary(teacher, base.tokenizer, tokenizer)
             base.model.requires_grad_(False)
-            forward, _ = choose_forward(base.model, examples, answer_one_prompt=True)
+            forward, notices = choose_forward(base.model, examples, answer_one_prompt=True)
         marks = json.dumps(fingerprint(base.model, base.tokenizer), sort_keys=True)
         digest = hashlib.sha256(marks.encode()).hexdigest()[:16]
+        notices = [f"Of the teacher: {text}" for text in (*base.notices, *notices)]
         with forward.installed(base.model):
-            yield LiveTeacher(base.model, nullcontext, digest, forward)
+            yield LiveTeacher(base.model, nullcontext, digest, forward, notices)
 
 
 def bytes_of_live_teacher(recipe: Recipe, dtype: torch.dtype, config: PretrainedConfig) -> int:
@@ -152,6 +171,9 @@ def bytes_of_live_teacher(recipe: Recipe, dtype: torch.dtype, config: Pretrained
         return 0
     if is_adapter(teacher):
         state = read_low_rank(teacher, skeleton_of(config))
-        return sum(4 * tensor.numel() for tensor in state.tensors.values())  # float32
-    alone = Recipe(teacher, recipe.data)
+        rows = [stored.rows for stored in state.trained_tokens.values() if stored.rows is not None]
+        others = [*state.modules_to_save.values(), *rows]
+        own = sum(4 * tensor.numel() for tensor in state.tensors.values())  # float32
+        return own + sum(tensor.nbytes for tensor in others)
+    alone = Recipe(teacher, recipe.data, lora=LoRA(targets="all"))  # as all have some layers
     return plan_run(alone, dtype).memory.weights.value

@@ -48,8 +48,13 @@ class PromptRows(RunRows):
 
 def prompts_of(ahead: Preflight, rewards: Sequence[Weighted]) -> PromptRows:
     """Read the prompts of a run, to which `rewards` judge answers. Raises DataError with every
-    prompt that cannot be used."""
+    prompt that cannot be used, and ConfigError where the run starts from new tokens."""
     recipe, tokenizer = ahead.recipe, ahead.tokenizer
+    if ahead.start is not None and ahead.start.new_tokens is not None:
+        raise ConfigError(
+            f"{recipe.start_from} has new tokens, which prompts and samples do not have yet. Start "
+            "from an adapter without, or leave out --from."
+        )
     (path,) = spelt(recipe.data)
     most, eval_data = recipe.on_policy.max_new_tokens, recipe.rows.eval_data
     load = partial(

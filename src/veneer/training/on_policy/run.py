@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from veneer.adapter.active import active_adapters_of
 from veneer.adapter.config import LoRA
+from veneer.adapter.new_tokens import new_tokens_of
 from veneer.adapter.use import in_use
 from veneer.data.encode import Example
 from veneer.data.packing import StepOrder
@@ -76,6 +77,8 @@ def train_on_policy(
     `check_teacher`'s errors for what cannot teach.
     """
     _check(model, config)
+    if objective.teacher is None and on_policy.group_size < 2:
+        raise ConfigError("Rewards compare answers to one prompt: take a group_size of 2 or more.")
     with ExitStack() as beside:
         teacher = None
         if objective.teacher is not None:
@@ -106,7 +109,8 @@ def _events(run: OnPolicyRun, *, resume: bool, should_stop: Callable[[], bool]) 
                 directory=run.directory,
                 answer_one_prompt=True,
             )
-            yield from map(Notice, [run.course, *notices])
+            of_teacher = () if run.teacher is None else run.teacher.notices
+            yield from map(Notice, [run.course, *notices, *of_teacher])
             yield from run.begin(forward, resume=resume)
             yield from map(Notice, run.make_decoder())
             run.watch.frozen_base = FrozenBase(model)
@@ -136,6 +140,8 @@ def _check(model: PreTrainedModel, config: TrainConfig) -> None:
         problems.append("an adapter that acts from an invocation on draws no samples yet")
     elif beside := sorted(active.modules_to_save.get(names[0], {})):
         problems.append(f"the adapter replaces weights that rows of a batch share ({beside[0]})")
+    if new_tokens_of(model) is not None:
+        problems.append("prompts and samples have no new tokens yet, and the model has some")
     if config.context_parallel > 1 or config.replay_passes:
         problems.append("context_parallel and replay_passes are for answers that are given")
     if config.on_spike != "warn":
