@@ -62,7 +62,7 @@ def test_the_courses_hold_what_they_should(whole):
     assert steps_of(whole["accumulation"]) >= 8
 
 
-# The others end after each step in a test below.
+# The others end after each step, or after some checkpoints, in tests below.
 FEW = {"seldom saved": (1, 4), "patience": (4,)}
 
 
@@ -103,7 +103,7 @@ def assert_goes_on_after(kinds: Any, course: str, whole: Run, place: Path, *, ev
         assert_equal(rest, whole)
 
 
-# Two courses are held below at any step, and that of "accumulation" saves as "constant".
+# Two courses end above and below at some steps, and "accumulation" saves as "constant" does.
 @pytest.mark.parametrize(
     ("course", "every"),
     [

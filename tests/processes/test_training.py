@@ -38,7 +38,12 @@ CASES = {
     "sharded, new tokens": Case(
         architecture="qwen2", what=LoRA(rank=3, dora=True), new_tokens=True, sharded=True
     ),
-    "stopped": Case(course={"save_every": 1}, stop_at=2, place="stopped"),
+    "stopped": Case(  # a prefix, whose whole course is among the slow proofs
+        what=Method("prefix", virtual_tokens=5),
+        course={"save_every": 1},
+        stop_at=2,
+        place="stopped",
+    ),
 }
 MORE = {  # with less in them than one above, for the slow proofs
     "dora": Case(what=LoRA(rank=3, dora=True)),

@@ -223,7 +223,8 @@ KINDS: list[Kind] = [
 
 
 READ_BITS = ("lora", "dora", "pissa", "experts", "experts, transposed")
-# Of kinds that are alike, the one that has most in it: every law is tried on it in every run.
+# Of kinds that are alike, the one that has most in it: in every run, every law is tried on it, and
+# of those that train it one of two (`in_share`).
 CORE = {
     *("lora, llama", "lora, falcon", "lora, mamba2", "lora, llama, 4 bits", "lora, gemma, 8 bits"),
     *("q and v, mistral", "dora, llama", "dora, qwen2, 4 bits", "mix of dora, gpt2"),
