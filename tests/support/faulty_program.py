@@ -1,5 +1,5 @@
-"""`veneer`, with files of no content as pictures and few rows to pretrain on: drawing, and reading
-all rows, take longer than all else in these runs.
+"""`veneer`, with files of no content as pictures, few rows to pretrain on, and a merge that is
+compared by few: these take longer than all else in such runs.
 
 python -m support.faulty_program ARGUMENTS
 
@@ -13,12 +13,15 @@ from types import SimpleNamespace
 
 import veneer.cli.tune
 from veneer import errors, files
+from veneer.adapter import certify
 from veneer.cli import app, main
 from veneer.formats import convert
 from veneer.training import pretrain
 
 veneer.cli.tune.draw_losses = lambda lines, path: path.touch()
 pretrain.DOCUMENTS = 200
+probe_rows = certify.probe_rows
+certify.probe_rows = lambda *arguments, **options: probe_rows(*arguments, **options)[:2]
 
 
 @contextmanager
