@@ -191,6 +191,7 @@ def draw(lives: Sequence[Life], picture: Path) -> None:
         for name in ("descriptors", "threads"):
             panel.plot(done, [getattr(point, name) for point in life.points], label=name)
         panel.set_xlabel(life.what)
+        panel.locator_params(axis="x", nbins=4)
         panel.set_ylim(bottom=0)
         panel.spines[["top", "right"]].set_visible(False)
         panel.legend(frameon=False)
