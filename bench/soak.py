@@ -33,8 +33,9 @@ from bench.soak_server import ADAPTERS, Held, ServerProcess, write_adapters, wri
 LEAK = 50e6  # bytes that memory may grow by after the first fifth of the time
 MORE = 4  # descriptors or threads, by which their median may grow meanwhile; sockets, at rest
 REST = 60.0  # seconds in which a server may close the sockets of clients that have gone
-# Fewer slots than clients, so that some wait; and files of prefix blocks that have to make space.
-FLAGS = ("--slots", "6", "--prefix-cache-size", "0.01")
+# Fewer slots than clients, so that some wait; and prefix blocks that soon have to make space, in
+# memory and in files: else all that grows with them looks like a leak.
+FLAGS = ("--slots", "6", "--prefix-cache-memory", "0.016", "--prefix-cache-size", "0.01")
 TOGETHER = 0.03  # seconds in which the clients of a round ask
 SHARES = {"ask": 62, "break off": 10, "bad": 12, "replace": 5, "look": 6, "sample": 5}
 LOOKS = ("/metrics", "/v1/models", "/health", "/ready", "/api/adapters", "/api/runs", "/")

@@ -66,6 +66,8 @@ class ServeConfig:
     further ones are refused (429). No limit unless given."""
     context: int | None = None
     """Tokens of a prompt with its answer; the model's own context, at most 4096, unless given."""
+    prefix_cache_memory: float = 1.0
+    """Gigabytes of memory for keys and values of prompts' first tokens; 0 keeps none."""
     prefix_cache: Path | None = None
     """Directory that keeps keys and values of prompts' first tokens from one start to the next."""
     prefix_cache_size: float = 10.0
@@ -89,6 +91,7 @@ class ServeConfig:
                 "rate_limit": at_least(1),
                 "speculate": at_least(0),
                 "drain_seconds": at_least(0),
+                "prefix_cache_memory": at_least(0),
                 "prefix_cache_size": ABOVE_0,
                 "adapters_dir": directory,
                 "runs": directory,

@@ -177,6 +177,7 @@ def prepare(
         queue=config.queue,
         speculate=config.speculate,
         context=config.context,
+        cache_bytes=int(config.prefix_cache_memory * 1e9),
         cache_directory=config.prefix_cache,
         cache_file_bytes=int(config.prefix_cache_size * 1e9),
     )
