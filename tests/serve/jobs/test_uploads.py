@@ -12,6 +12,7 @@ from support.file_trees import on_disk_before_it_is_renamed
 from support.jobs import ROWS, client_of, training, upload
 from support.server import AS_ADMIN, call
 from veneer import files
+from veneer.data import sources
 from veneer.data.sources import read_rows
 from veneer.errors import QueueFull, RequestError, StorageError
 from veneer.serve.jobs import uploads
@@ -135,6 +136,25 @@ def test_a_full_disk_is_no_fault_of_the_request_and_nothing_stays(tmp_path, monk
             assert not list((tmp_path / "runs").glob("files/*"))
             assert client.files.list().data == []
         assert upload(client).rows == len(ROWS)
+
+
+@pytest.mark.parametrize(
+    ("error", "becomes"),
+    [
+        (OSError(errno.EIO, "Input/output error"), StorageError),  # the server's disk
+        (OSError("not a gzipped file"), RequestError),  # what was sent
+    ],
+)
+def test_rows_that_the_disk_does_not_give_are_not_the_client_s_fault(
+    error, becomes, tmp_path, monkeypatch
+):
+    def fails(file, parse):
+        with sources.readable(file):
+            raise error
+
+    monkeypatch.setattr(uploads, "parsed_values", fails)
+    with pytest.raises(becomes, match=r"rows\.jsonl cannot be read"):
+        uploads.check_rows(tmp_path / "rows.jsonl")
 
 
 def test_a_file_that_cannot_be_removed_for_good_stays(tmp_path, monkeypatch):

@@ -21,7 +21,15 @@ from veneer.data.problems import Located, Place, Problem, data_error
 from veneer.data.questions import parse_prompt
 from veneer.data.rows import Row, parse_row
 from veneer.data.sources import entries_of, no_rows_in, parsed_values, read_values
-from veneer.errors import MOST_PROBLEMS, DataError, QueueFull, RequestError, closest, listed
+from veneer.errors import (
+    MOST_PROBLEMS,
+    DataError,
+    QueueFull,
+    RequestError,
+    StorageError,
+    closest,
+    listed,
+)
 from veneer.files import new_directory, rename
 from veneer.serve.jobs.store import Store
 from veneer.serve.jobs.values import UNENDED, Kind, Places, Purpose, StoredFile, new_id
@@ -162,6 +170,9 @@ def check_rows(path: Path) -> tuple[int, Kind]:
             heading = f"{count:,} of {rows + asked + count:,} rows cannot be used; mend them:"
             raise data_error(heading, problems, count)
     except DataError as error:
+        # The server's disk fails; what is only damaged gives errors without a number.
+        if getattr(error.__cause__, "errno", None) is not None:
+            raise StorageError(str(error)) from error
         raise RequestError(without_directory(str(error), path), param="file") from error
     return rows + asked, kind or "prompts"
 
