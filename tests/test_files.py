@@ -1,5 +1,6 @@
 """Files are written whole or not at all, and damage is always named."""
 
+import errno
 import pickle
 import shutil
 import zipfile
@@ -16,6 +17,7 @@ from support.file_trees import (
     tree,
 )
 from veneer import files
+from veneer.errors import StorageError
 from veneer.files import (
     new_directory,
     new_file,
@@ -228,3 +230,14 @@ def test_the_size_of_a_directory_passes_over_what_goes_meanwhile(tmp_path, monke
     monkeypatch.setattr(Path, "is_file", lambda path: True)  # as it was a moment ago
     assert files.size_of(tmp_path) == 4
     assert files.size_of(tmp_path / "in" / "kept") == 4
+
+
+def test_a_directory_that_cannot_be_removed_is_named_whole(tmp_path, monkeypatch):
+    def fails(path):
+        raise OSError(errno.EIO, "Input/output error", "state.json")  # as rmtree's own do
+
+    (tmp_path / "step-4").mkdir()
+    monkeypatch.setattr(files.shutil, "rmtree", fails)
+    with pytest.raises(StorageError, match="step-4 cannot be written") as failed:
+        files.remove_directory(tmp_path / "step-4")
+    assert str(tmp_path) in str(failed.value)

@@ -133,7 +133,8 @@ def remove_directory(path: Path) -> None:
     except OSError:
         temporary.rmdir()
         raise
-    shutil.rmtree(temporary)
+    with disk_errors(path):  # rmtree's own name files without their directories
+        shutil.rmtree(temporary)
 
 
 def remove_leftovers(directory: Path, name: str = "*") -> None:

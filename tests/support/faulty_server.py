@@ -31,8 +31,8 @@ LOSSES = "step,loss\n1,2.0\n"
 
 def ask(runs: Path) -> None:
     """Ask for what has not been done yet."""
-    runs.mkdir(exist_ok=True)
     with disk_errors(runs):  # as the command line has it
+        runs.mkdir(exist_ok=True)
         jobs = Jobs(runs, scripted(), TrainingBase(BASE))
     try:
         kept = {file.filename: file for file in jobs.store.files()}
