@@ -35,7 +35,7 @@ def ask(runs: Path) -> None:
         runs.mkdir(exist_ok=True)
         jobs = Jobs(runs, scripted(), TrainingBase(BASE))
     try:
-        kept = {file.filename: file for file in jobs.store.files()}
+        kept = {file.filename: file for file in jobs.files()}
         for name in (SENT, GONE):
             if name not in kept:
                 kept[name] = jobs.upload(name, BytesIO(ROWS.encode()), len(ROWS))
@@ -61,10 +61,9 @@ def look(disk: Path) -> dict[str, dict[str, bytes] | None]:
         if places.database.exists():
             store = Store(places.database)
             uploads.settle_unfinished(store, places)  # as the next server does
-            for file in store.files():
-                path, known = places.file(file), asdict(file)
-                content = path.read_bytes() if path.exists() else b"none"
-                facts = {key: known[key] for key in ("bytes", "rows", "kind", "purpose")}
+            for file in uploads.known(store, places):
+                content, all_facts = places.file(file).read_bytes(), asdict(file)
+                facts = {key: all_facts[key] for key in ("bytes", "rows", "kind", "purpose")}
                 units[file.filename] = {"": content, "facts": json.dumps(facts).encode()}
             for job in store.jobs("cancelled"):
                 units[JOB] = {"": f"{job.model} by {len(job.settings)} settings".encode()}

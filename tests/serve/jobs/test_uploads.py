@@ -174,6 +174,35 @@ def test_a_file_that_cannot_be_removed_for_good_stays(tmp_path, monkeypatch):
     store.close()
 
 
+def test_a_file_goes_also_where_the_store_cannot_note_it(tmp_path, monkeypatch):
+    def fails(id):
+        raise StorageError("the disk is full")
+
+    places = Places(tmp_path)
+    store = Store(places.database)
+    kept = uploads.keep_text(store, places, "a.csv", "1", "fine-tune-results")
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "remove_file", fails)
+        uploads.remove(store, places, kept)
+    assert store.files() == [kept]
+    assert list(places.files.iterdir()) == uploads.known(store, places) == []
+    store.close()
+
+
+def test_a_name_that_cannot_be_brought_to_the_disk_is_none(tmp_path, monkeypatch):
+    def fails(path):
+        if path == places.files:
+            raise OSError(errno.EIO, "Input/output error")
+
+    places = Places(tmp_path)
+    store = Store(places.database)
+    monkeypatch.setattr(files, "_sync", fails)
+    with pytest.raises(StorageError):
+        uploads.keep_text(store, places, "a.csv", "1", "fine-tune-results")
+    assert list(places.files.iterdir()) == store.files() == []
+    store.close()
+
+
 def test_a_store_on_a_full_disk_says_so_and_keeps_what_it_has(tmp_path):
     places = Places(tmp_path)
     store = Store(places.database)

@@ -11,7 +11,7 @@ from fastapi.responses import FileResponse, Response
 from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect
 
-from veneer.errors import Missing, RequestError
+from veneer.errors import RequestError
 from veneer.serve.api.errors import ERROR_RESPONSES, ApiError
 from veneer.serve.api.paging import page
 from veneer.serve.jobs.service import Jobs
@@ -67,7 +67,7 @@ def routes(jobs: Jobs | None) -> APIRouter:
         purpose: str | None = None,
     ) -> dict[str, Any]:
         """List files, the newest first."""
-        known = await asyncio.to_thread(enabled(jobs).store.files)
+        known = await asyncio.to_thread(enabled(jobs).files)
         chosen = [shown(file) for file in known if purpose in (None, file.purpose)]
         return page(chosen if order == "asc" else chosen[::-1], after, limit)
 
@@ -82,8 +82,6 @@ def routes(jobs: Jobs | None) -> APIRouter:
         kept = enabled(jobs)
         stored = await asyncio.to_thread(kept.file, file_id)
         path = kept.places.file(stored)
-        if not path.is_file():
-            raise Missing(f"The content of {stored.id} is no longer there.", param="file_id")
         return FileResponse(path, media_type="application/octet-stream", filename=stored.name)
 
     @router.delete("/{file_id}")

@@ -126,9 +126,14 @@ class Jobs:
         self._check_disk(size)
         return uploads.keep(self.store, self.places, filename, source)
 
+    def files(self) -> list[StoredFile]:
+        """Return all files, the oldest first."""
+        return uploads.known(self.store, self.places)
+
     def file(self, id: str, *, param: str = "file_id") -> StoredFile:
         """Return a file. Raises Missing."""
-        if (file := self.store.file(id)) is None:
+        file = self.store.file(id)
+        if file is None or not self.places.file(file).is_file():
             raise Missing(f"There is no file {id[:80]!r}.", param=param)
         return file
 
@@ -294,7 +299,7 @@ class Jobs:
     def _keep_results(self, job: Job) -> str:
         """Keep a run's losses as a file, as OpenAI's jobs have it, and return its name."""
         name = f"{job.name}-metrics.csv"
-        for file in self.store.files():
+        for file in self.files():
             if (file.filename, file.purpose) == (name, "fine-tune-results"):
                 return file.id  # kept by a server that was killed right after
         measured = self.losses(job)

@@ -1,4 +1,9 @@
-"""Files that clients send: checked as they arrive, and kept as they came."""
+"""Files that clients send: checked as they arrive, and kept as they came.
+
+A file is there while the store knows it and its directory has its name. Where a disk fails as the
+store commits, nobody knows what the next server will read of that; so what the store knows without
+a directory counts for nothing.
+"""
 
 from __future__ import annotations
 
@@ -86,11 +91,21 @@ def keep_text(store: Store, places: Places, name: str, text: str, purpose: Purpo
     return _take_in(store, places, file)
 
 
+def known(store: Store, places: Places) -> list[StoredFile]:
+    """Return the files that are there, the oldest first."""
+    return [file for file in store.files() if places.file(file).is_file()]
+
+
 @contextmanager
 def _coming(places: Places, file: StoredFile) -> Iterator[Path]:
     """Yield the path at which to write a file that the store does not know yet."""
-    with new_directory(_unfinished(places, file), marker=file.name) as directory:
-        yield directory / file.name
+    coming = _unfinished(places, file)
+    try:
+        with new_directory(coming, marker=file.name) as directory:
+            yield directory / file.name
+    except BaseException:
+        shutil.rmtree(coming, ignore_errors=True)  # it has this name where only its sync failed
+        raise
 
 
 def _unfinished(places: Places, file: StoredFile) -> Path:
@@ -104,20 +119,16 @@ def _take_in(store: Store, places: Places, file: StoredFile) -> StoredFile:
     file = replace(file, bytes=(coming / file.name).stat().st_size)
     try:
         store.add_file(file)
-        try:
-            rename(coming, path.parent)
-        except BaseException:
-            store.remove_file(file.id)
-            raise
+        rename(coming, path.parent)
     except BaseException:
-        shutil.rmtree(coming, ignore_errors=True)
-        shutil.rmtree(path.parent, ignore_errors=True)
+        _forget(store, file, coming, path.parent)
         raise
     return file
 
 
 def remove(store: Store, places: Places, file: StoredFile) -> None:
-    """Remove a file. Raises RequestError where a job that has not ended needs it."""
+    """Remove a file, also where the disk is so full that the store cannot note it. Raises
+    RequestError where a job that has not ended needs it."""
     users = [
         job.id
         for job in store.jobs(*UNENDED)
@@ -129,14 +140,21 @@ def remove(store: Store, places: Places, file: StoredFile) -> None:
         )
     going, place = _unfinished(places, file), places.file(file).parent
     try:
-        with suppress(FileNotFoundError):  # somebody has removed it by hand
+        with suppress(FileNotFoundError):  # another request was faster
             rename(place, going)
-        store.remove_file(file.id)
     except BaseException:
         with suppress(FileNotFoundError):
             rename(going, place)
         raise
-    shutil.rmtree(going, ignore_errors=True)
+    _forget(store, file, going)
+
+
+def _forget(store: Store, file: StoredFile, *directories: Path) -> None:
+    """Remove the directories that a file may have, and what the store knows of it."""
+    with suppress(StorageError):
+        store.remove_file(file.id)
+    for directory in directories:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def check_rows(path: Path) -> tuple[int, Kind]:
