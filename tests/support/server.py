@@ -11,7 +11,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from threading import Lock, Semaphore, Thread
 from typing import Any
@@ -91,6 +91,12 @@ class ScriptedEngine:
             if request.embedding is not None:
                 vector = (0.6, -0.8 if request.embedding == "last" else 0.8)
                 stream.add(Answer("", (), reason, prompt, error=error, embedding=vector))
+                return
+            if request.prompt_logprobs:
+                scored = self.score(request.tokens, request.adapter)
+                likeliest = tuple(() if own is None else ((4, -0.5),) for own in scored)
+                ended = Answer("", (), reason, prompt, prompt_logprobs=scored, error=error)
+                stream.add(replace(ended, prompt_top=likeliest))
                 return
             stream.add(Answer("", (), reason, prompt, new_tokens=new, error=error))
 

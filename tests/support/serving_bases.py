@@ -1,6 +1,7 @@
 """Small bases and adapters on disk, for what serves them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -11,9 +12,14 @@ from transformers import PreTrainedModel
 
 import veneer
 from support.random_adapters import ids, shake, targets_named, tokenizer
+from support.server import Server, running
 from support.tiny_models import VOCAB, tiny
+from veneer.formats.training import ComputedIn
 from veneer.models.load import Base
 from veneer.serve.engine.engine import Engine
+from veneer.serve.engine.library import Library
+from veneer.serve.engine.request import EngineConfig
+from veneer.serve.engine.served import Served
 
 PROMPT = tuple(ids(1, 20, seed=3)[0].tolist())
 
@@ -33,6 +39,27 @@ def base_of(architecture: str = "llama", model: PreTrainedModel | None = None) -
     by_character = tokenizer(VOCAB)
     by_character.eos_token = None
     return Base(architecture, model, by_character)
+
+
+@contextmanager
+def computing_server(
+    base: Base, adapters: dict[str, Path] | None = None, **options: Any
+) -> Iterator[Server]:
+    """Serve a base and adapters by an engine that computes, under the name of its architecture.
+    options: of the server."""
+    with Engine(base, Library(adapters or {}), EngineConfig(slots=4, chunk=16)) as engine:
+        served = Served(
+            engine=engine,
+            library=engine.library,
+            tokenizer=base.tokenizer,
+            name=base.name,
+            root="made/of/nothing",
+            context=engine.context,
+            computed_in=ComputedIn("float32"),
+        )
+        with running(served, **options) as server:
+            server.served = served
+            yield server
 
 
 def hold(engine: Engine, until: Event, monkeypatch: pytest.MonkeyPatch) -> None:

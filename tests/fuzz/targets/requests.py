@@ -33,7 +33,7 @@ FORM = (
 ROUTES: tuple[tuple[str, Any], ...] = (
     ("/v1/chat/completions", chat(max_tokens=2, tools=[TOOL], stop=["a"], seed=1, n=2)),
     ("/v1/chat/completions", chat(max_tokens=2, response_format=FORMAT, stream=True)),
-    ("/v1/completions", {"model": BASE, "prompt": [[5, 6], [7]], "max_tokens": 1, "echo": True}),
+    ("/v1/completions", {"model": BASE, "prompt": [[5, 6], [7]], "echo": True, "logprobs": 2}),
     ("/v1/embeddings", {"model": BASE, "input": ["a", "b"], "encoding_format": "base64"}),
     ("/v1/load_lora_adapter", {"lora_name": "a", "lora_path": "b"}),
     ("/v1/unload_lora_adapter", {"lora_name": "a"}),

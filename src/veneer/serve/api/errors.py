@@ -166,7 +166,8 @@ def _names_at(path: str) -> set[str]:
     """Return the parameters that a route knows."""
     if path.startswith("/v1/fine_tuning"):
         return {*job_protocol.JobRequest.model_fields}
-    return {*protocol.NEUTRAL, *protocol.IGNORED, *protocol.ChatRequest.model_fields}
+    asked = {*protocol.ChatRequest.model_fields, *protocol.CompletionRequest.model_fields}
+    return {*protocol.NEUTRAL, *protocol.IGNORED, *asked}
 
 
 def invalid_parameters(errors: Sequence[Any], names: Collection[str]) -> dict[str, str]:

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter
@@ -16,10 +17,10 @@ from starlette.types import Receive, Scope, Send
 from veneer.errors import AdapterError, RequestError
 from veneer.serve.api.calling import Tools
 from veneer.serve.api.calls import MOST_CALLS
+from veneer.serve.api.echo import Echo, check_length, with_prompts
 from veneer.serve.api.errors import ERROR_RESPONSES, failed
 from veneer.serve.api.metrics import Metrics
 from veneer.serve.api.protocol import (
-    MOST_ANSWERS,
     AnswerRequest,
     ChatRequest,
     CompletionRequest,
@@ -80,23 +81,36 @@ def routes(served: Served, metrics: Metrics) -> APIRouter:
 
     @router.post("/completions", responses=STREAMED)
     async def completions(asked: CompletionRequest, http: HttpRequest) -> Response:
-        if len(asked.prompts) * (asked.n or 1) > MOST_ANSWERS:
-            raise RequestError(
-                f"At most {MOST_ANSWERS} answers can be asked for at once.", param="n"
-            )
+        asked.check()
         adapter = served.which(asked.model, asked.adapters)
+        echoes: list[Echo] = []
 
         def prepare() -> list[Request]:
             requests: list[Request] = []
             for prompt in asked.prompts:
                 tokens = served.prompt_tokens(prompt, which=adapter)
-                new = served.new_tokens(tokens, asked.max_tokens, COMPLETION_TOKENS, which=adapter)
-                requests += asked.requests(tokens, adapter, new_tokens=new, logprobs=asked.logprobs)
+                if asked.echo:
+                    echoes.append(Echo.of(served, prompt, adapter))
+                if asked.max_tokens != 0:
+                    new = served.new_tokens(
+                        tokens, asked.max_tokens, COMPLETION_TOKENS, which=adapter
+                    )
+                    requests += asked.requests(
+                        tokens, adapter, new_tokens=new, logprobs=asked.logprobs
+                    )
+            if asked.scores_prompts:
+                check_length(echoes)
+                requests += [echo.scoring(adapter, asked.logprobs or 0) for echo in echoes]
             return requests
 
         text_of = await asyncio.to_thread(served.text_of, adapter)
-        reply = CompletionReply(asked.model, text_of, logprobs=asked.logprobs is not None)
-        return await respond(asked, prepare, reply, http)
+        reply = CompletionReply(
+            asked.model,
+            text_of,
+            logprobs=asked.logprobs is not None,
+            as_ids=bool(asked.return_tokens_as_token_ids),
+        )
+        return await respond(asked, prepare, reply, http, partial(with_prompts, asked, echoes))
 
     def all_models() -> list[dict[str, Any]]:
         shown = []
@@ -118,7 +132,11 @@ def routes(served: Served, metrics: Metrics) -> APIRouter:
         }
 
     async def respond(
-        asked: AnswerRequest, prepare: Callable[[], list[Request]], reply: Reply, http: HttpRequest
+        asked: AnswerRequest,
+        prepare: Callable[[], list[Request]],
+        reply: Reply,
+        http: HttpRequest,
+        shown: Callable[[list[Answer]], list[Answer]] = list,
     ) -> Response:
         # On another thread, for templates and tokenizers take their time.
         streams = await asyncio.to_thread(lambda: served.submit(prepare()))
@@ -133,7 +151,13 @@ def routes(served: Served, metrics: Metrics) -> APIRouter:
         for answer in answers:
             if answer.error is not None:
                 raise failed(answer.error, request_id)
-        return JSONResponse(reply.whole(answers, usage_of(answers, n)))
+
+        def whole() -> Response:
+            choices = shown(answers)
+            return JSONResponse(reply.whole(choices, usage_of(choices, n)))
+
+        # On another thread too, for log probabilities of long prompts are megabytes.
+        return await asyncio.to_thread(whole)
 
     return router
 

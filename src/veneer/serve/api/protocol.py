@@ -27,12 +27,12 @@ from veneer.serve.api.formats import (
 )
 from veneer.serve.api.strict import Strict, Text
 from veneer.serve.api.tools import MOST_TOOLS, NamedTool, Tool, ToolCall, ToolChoice
-from veneer.serve.engine.request import Adjustments, Grammar, Request, Which
+from veneer.serve.engine.request import MOST_LOGPROBS, Adjustments, Grammar, Request, Which
 
 MOST_ANSWERS = 16  # to one request, over all prompts
 SEEDS = 2**63
+MOST_NEW = 1_000_000  # tokens of an answer
 BIASED = 4096  # tokens that one request may bias
-TOP_CHAT, TOP_COMPLETION = 20, 5  # OpenAI's own limits of likeliest tokens
 
 # Parameters that are not supported, with the values that ask for nothing. So does null.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -62,7 +62,7 @@ IGNORED: dict[str, str] = {
 }
 
 
-Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Count = Annotated[int, Field(ge=1, le=MOST_NEW)]
 Stop = Annotated[Text, Field(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -228,7 +228,7 @@ class ChatRequest(AnswerRequest):
     parallel_tool_calls: bool | None = None
     tool_choice: ToolChoice | None = None
     tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=TOP_CHAT)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
 
     @property
     def callable_tools(self) -> list[Tool]:
@@ -255,6 +255,8 @@ class ChatRequest(AnswerRequest):
 class CompletionRequest(AnswerRequest):
     """POST /v1/completions."""
 
+    neutral: ClassVar = {name: values for name, values in NEUTRAL.items() if name != "echo"}
+
     prompt: (
         Text
         | Annotated[list[Text], Field(min_length=1, max_length=MOST_ANSWERS)]
@@ -264,7 +266,32 @@ class CompletionRequest(AnswerRequest):
             Field(min_length=1, max_length=MOST_ANSWERS),
         ]
     )
-    logprobs: Annotated[int, Field(ge=0, le=TOP_COMPLETION)] | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=MOST_NEW)] | None = None
+    return_tokens_as_token_ids: bool | None = None
+    """Name tokens by their numbers where there are log probabilities of them. vLLM's own."""
+
+    def check(self) -> None:
+        """Raise RequestError for parameters that do not go together."""
+        if len(self.prompts) * (self.n or 1) > MOST_ANSWERS:
+            why = f"At most {MOST_ANSWERS} answers can be asked for at once."
+            raise RequestError(why, param="n")
+        if self.max_tokens == 0 and not self.scores_prompts:
+            why = "max_tokens 0 gives log probabilities of the prompt; it needs echo and logprobs."
+            raise RequestError(why, param="max_tokens")
+        if self.return_tokens_as_token_ids and self.logprobs is None:
+            why = "return_tokens_as_token_ids needs logprobs."
+            raise RequestError(why, param="return_tokens_as_token_ids")
+        if self.echo and self.stream:
+            raise RequestError("echo is not supported in a stream.", param="echo")
+        if self.scores_prompts and (self.n or 1) > 1:
+            raise RequestError("With echo and logprobs, n must be 1.", param="n")
+
+    @property
+    def scores_prompts(self) -> bool:
+        """Whether log probabilities of the prompts' own tokens are asked for."""
+        return bool(self.echo) and self.logprobs is not None
 
     @property
     def prompts(self) -> list[str | list[int]]:

@@ -149,9 +149,16 @@ class ChatReply(Reply):
 
 
 class CompletionReply(Reply):
-    """Answers of /v1/completions."""
+    """Answers of /v1/completions. as_ids: whether log probabilities name tokens by their numbers,
+    as vLLM writes them; texts may be those of several tokens."""
 
     prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
+
+    def __init__(
+        self, model: str, text_of: Callable[[int], str], *, logprobs: bool, as_ids: bool = False
+    ) -> None:
+        super().__init__(model, text_of, logprobs=logprobs)
+        self.as_ids = as_ids
 
     def content(self, answer: Answer) -> dict[str, Any]:
         return {"text": answer.text, "logprobs": self._logprobs(answer.tokens, 0)}
@@ -174,14 +181,26 @@ class CompletionReply(Reply):
         for token in tokens:
             offsets.append(start)
             start += len(token.text)
+        # Nothing comes before the first token of a prompt, which so has no probability.
         return {
-            "tokens": [token.text for token in tokens],
-            "token_logprobs": [_finite(token.logprob) for token in tokens],
+            "tokens": [self._name(token, token.id) for token in tokens],
+            "token_logprobs": [
+                None if token.logprob is None else _finite(token.logprob) for token in tokens
+            ],
             "top_logprobs": [
-                {self.text_of(i): _finite(logprob) for i, logprob in token.top} for token in tokens
+                None
+                if token.logprob is None
+                else {self._name(token, i): _finite(logprob) for i, logprob in token.top}
+                for token in tokens
             ],
             "text_offset": offsets,
         }
+
+    def _name(self, token: Token, i: int) -> str:
+        """Return what a token is called in the place of `token`, which has one name there."""
+        if self.as_ids:
+            return f"token_id:{i}"
+        return token.text if i == token.id else self.text_of(i)
 
 
 def _tool_call(call: Call) -> dict[str, Any]:

@@ -330,7 +330,7 @@ class Engine:
                 if not row.prefilling:
                     self._end(row, "length")
             elif row.request.prompt_logprobs:
-                coming = OnTheWay(row.scores(own, chunk.start))
+                coming = OnTheWay(*row.scores(own, chunk.start))
                 scores.append(Scores(row, coming, is_last=not row.prefilling))
             elif chunk.logits:
                 # Rows that wait for this prompt have it now, and draw from the same logits.
@@ -351,7 +351,7 @@ class Engine:
         """Give rows what a step computed for them, unless they ended meanwhile."""
         for each in issued.scores:
             if each.row in self._active:
-                each.row.take_scores(each.coming.arrived()[0])
+                each.row.take_scores(*each.coming.arrived())
                 if each.is_last:
                     self._end(each.row, "length")
         tokens = [] if issued.drawn is None else issued.drawn.tokens()

@@ -17,7 +17,7 @@ Draft = Sequence[tuple[int, Tensor]]
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Log probabilities of a prompt's tokens that follow those before."""
+    """What `Row.scores` gives of a prompt's tokens."""
 
     row: Row
     coming: OnTheWay

@@ -80,7 +80,8 @@ class Request:
     logprobs: int | None = None
     """How many of the likeliest tokens to give beside each token's own; None gives neither."""
     prompt_logprobs: bool = False
-    """Give the log probability of each token of the prompt instead of an answer."""
+    """Give the log probability of each token of the prompt instead of an answer; with `logprobs`,
+    those of the likeliest tokens in its place too."""
     adjustments: Adjustments = field(default_factory=Adjustments)
     """What changes the logits before a token is chosen."""
     grammar: Grammar | None = None
@@ -145,6 +146,8 @@ class Answer:
     """Tokens that were generated, the one that ended the answer among them."""
     prompt_logprobs: tuple[float | None, ...] = ()
     """Where asked for: of each token of the prompt after those before it; None for the first."""
+    prompt_top: tuple[tuple[tuple[int, float], ...], ...] = ()
+    """Where asked for: the likeliest in the place of each, with theirs; none for the first."""
     error: Exception | None = None
     """What failed, where the reason is "error"."""
     embedding: tuple[float, ...] = ()

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import inf
+from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -45,6 +46,7 @@ class Row:
     last: int = -1  # the newest of them, which the slot does not hold yet
     held: list[Token] = field(default_factory=list)  # tokens whose text is not sure yet
     prompt_logprobs: list[float] = field(default_factory=list)
+    prompt_top: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     embedding: tuple[float, ...] = ()
     pooled: Tensor | None = None  # what it is made of, (dim,)
 
@@ -139,27 +141,37 @@ class Row:
             return "stop"
         return "length" if self.new >= self.most else None
 
-    def scores(self, logits: Tensor, first: int) -> Tensor:
-        """Return the log probabilities of the tokens that follow token `first` and those after it,
-        whose logits (tokens, vocab) these are."""
+    def scores(self, logits: Tensor, first: int) -> list[Tensor]:
+        """Return the log probabilities (tokens,) of the tokens that follow token `first` and those
+        after it, whose logits (tokens, vocab) these are; where asked for, also those of the
+        likeliest in their places, and which these are, (tokens, most)."""
         following = sent(self.tokens[first + 1 : first + 1 + len(logits)], logits.device)
         logs = logits[: len(following), : self.sampler.size].log_softmax(-1)
         # Those of virtual tokens, which are none of the vocabulary's, are not shown.
         following = following.long().clamp(max=logs.shape[1] - 1)
-        return logs.gather(1, following[:, None])[:, 0]
+        own = logs.gather(1, following[:, None])[:, 0]
+        if self.request.logprobs is None:
+            return [own]
+        top = logs.topk(min(self.request.logprobs, logs.shape[1]))
+        return [own, top.values, top.indices]
 
-    def take_scores(self, scores: Tensor) -> None:
-        """Add the log probabilities of the tokens that follow."""
-        self.prompt_logprobs += scores.tolist()
+    def take_scores(self, own: Tensor, *top: Tensor) -> None:
+        """Add the log probabilities of the tokens that follow, and of the likeliest, with these."""
+        self.prompt_logprobs += own.tolist()
+        for values, tokens in zip(*(each.tolist() for each in top), strict=True):
+            self.prompt_top.append(tuple(zip(tokens, values, strict=True)))
 
     @property
-    def scored(self) -> tuple[float | None, ...]:
-        """The log probability of each token of the request after those before it."""
+    def scored(self) -> dict[str, Any]:
+        """What an answer has of each token of the request after those before it."""
         if not self.request.prompt_logprobs:
-            return ()
+            return {}
         # Nothing of the text comes before its first token.
         virtual = len(self.prompt_logprobs) - (len(self.request.tokens) - 1)
-        return (None, *self.prompt_logprobs[virtual:])
+        scored: dict[str, Any] = {"prompt_logprobs": (None, *self.prompt_logprobs[virtual:])}
+        if self.request.logprobs is not None:
+            scored["prompt_top"] = ((), *self.prompt_top[virtual:])
+        return scored
 
     def take_hidden(self, hidden: Tensor, first: int) -> None:
         """Add what the decoder gives for tokens from `first` on, (tokens, dim), to the embedding,
@@ -186,8 +198,8 @@ class Row:
                 prompt_tokens=len(self.request.tokens),
                 cached_tokens=max(0, self.cached - len(self.virtual)),
                 new_tokens=self.new,
-                prompt_logprobs=self.scored if is_whole else (),
                 error=error,
                 embedding=self.embedding,
+                **(self.scored if is_whole else {}),
             )
         )

@@ -145,12 +145,14 @@ class Served:
         # As a batch, for the tokenizer holds no lock while it works on one.
         return list(own.tokenizer([text], add_special_tokens=special)["input_ids"][0])
 
-    def spans(self, text: str, which: Which = None) -> list[tuple[int, str]]:
+    def spans(
+        self, text: str, which: Which = None, *, special: bool = False
+    ) -> list[tuple[int, str]]:
         """Return the tokens of a text for adapters, each with its characters; where several tokens
         make up one character, the first has it and the others have nothing."""
-        self.encode(text, special=False, which=which)
+        self.encode(text, special=special, which=which)
         tokenizer = self.engine.vocabulary(which).tokenizer
-        encoded = tokenizer([text], add_special_tokens=False, return_offsets_mapping=True)
+        encoded = tokenizer([text], add_special_tokens=special, return_offsets_mapping=True)
         spans, done = [], 0
         for token, (_, end) in zip(
             encoded["input_ids"][0], encoded["offset_mapping"][0], strict=True
