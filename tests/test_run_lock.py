@@ -1,13 +1,16 @@
 """A run's directory has one owner at a time, and none that was killed."""
 
+import errno
+import io
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from veneer import run_lock
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, StorageError
 from veneer.run_lock import LOCK, RunLock
 
 KILLED = """
@@ -70,3 +73,15 @@ def test_without_locks_the_owner_is_asked_for(text, free, tmp_path, monkeypatch)
     else:
         with pytest.raises(ConfigError, match="process 1 on"):
             lock.take()
+
+
+@pytest.mark.parametrize("method", ["truncate", "write"])
+def test_none_is_left_where_it_cannot_be_written(method, tmp_path, monkeypatch):
+    def fails(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    Full = type("Full", (io.TextIOWrapper,), {method: fails})
+    monkeypatch.setattr(Path, "open", lambda path, *_, **__: Full(io.FileIO(path, "a+")))
+    with pytest.raises(StorageError, match="disk is full"):
+        RunLock(tmp_path).take()
+    assert list(tmp_path.iterdir()) == []

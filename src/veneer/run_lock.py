@@ -58,10 +58,10 @@ class RunLock:
                 break
             file.close()  # its owner has just removed it
         killed = _owner(file)
-        file.truncate(0)
         started = datetime.now().astimezone().isoformat(timespec="seconds")
         me = {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
         try:
+            file.truncate(0)
             file.write(json.dumps(me) + "\n")
             file.flush()
         except OSError:
