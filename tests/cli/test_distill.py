@@ -3,6 +3,10 @@
 import pytest
 import yaml
 
+import veneer
+from support.fake_teacher import fake_teacher
+from support.random_adapters import shake
+from support.serving_bases import computing_server
 from support.tuned_facts import metrics
 
 
@@ -38,7 +42,7 @@ def test_a_student_learns_from_a_run(tune, tune_refused, tmp_path, capsys):
     assert "name the directory of another adapter" in tune_refused(*again)
     assert "is no directory" in tune_refused(*again, "--teacher", tmp_path / "none")
     assert "is a whole model" in tune_refused(*again, "--teacher", teacher / "lora_merged")
-    assert "a server's" in tune_refused(*again, "--teacher", "http://here/v1")
+    assert "is no address" in tune_refused(*again, "--teacher", "http://here:a/v1")
     assert "would do nothing with sft" in tune_refused("--teacher", teacher, "--out", nothing)
     text = tune_refused(*again, "--teacher", teacher, "--divergence", "both")
     assert "both" in text
@@ -47,3 +51,31 @@ def test_a_student_learns_from_a_run(tune, tune_refused, tmp_path, capsys):
     text = tune_refused(*again, "--teacher", teacher, "--new-words", "two words")
     assert "new_words are tokens that the teacher does not have" in text
     assert not nothing.exists()
+
+
+def test_a_student_learns_from_a_server(tune, tune_refused, minigpt_home, tmp_path, monkeypatch):
+    monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-a-secret-of-its-own")
+    teacher, out, nothing = (tmp_path / name for name in ("teacher", "student", "nothing"))
+    base = veneer.load_base(str(minigpt_home), dtype="float32")
+    veneer.save(shake(veneer.attach(base.model, veneer.LoRA(rank=2)), size=0.3), teacher)
+    flags = ("--objective", "distill", "--rank", 2, "--steps", 4, "--lr", 0.01, "--out")
+    base = veneer.load_base(str(minigpt_home), dtype="float32")
+    with computing_server(base, {"facts": teacher}) as server:
+        address = ("--teacher", f"{server.url}/v1")
+        assert "several models" in tune_refused(*flags, nothing, *address)
+        address += ("--teacher-model", "facts")
+        text = tune_refused(*flags, nothing, *address, "--teacher-top-k", 21)
+        assert "take a lower --teacher-top-k" in text
+        assert tune(*flags, out, *address) == 0
+    losses = [line["loss"] for line in metrics(out)]
+    assert 0 < losses[-1] < losses[0]
+    recipe = yaml.safe_load((out / "recipe.yaml").read_text())
+    assert (recipe["teacher"], recipe["teacher_top_k"]) == (f"{server.url}/v1", 20)
+    assert "cannot be reached" in tune_refused(*flags, nothing, *address, "--eval-data", "none")
+    with fake_teacher() as server:  # whose tokens are others
+        text = tune_refused(*flags, nothing, "--teacher", server.address, "--eval-data", "none")
+    assert "Its model must have the student's tokens" in text
+    assert "none" in text  # all at once
+    assert not nothing.exists()
+    assert "secret" not in "".join(path.read_text("latin-1") for path in out.rglob("*.*"))

@@ -84,6 +84,7 @@ VALUES: dict[str, dict[str, tuple[object, object]]] = {
         "reward_centre": (0.01, 0.01),
         "reference": ("start", "start"),
         "teacher": ("a/teacher", "a/teacher"),
+        "teacher_model": ("large", "large"),
         "on_policy": (True, True),
         "divergence": ("reverse", "reverse"),
         "jsd_beta": (0.25, 0.25),
@@ -146,6 +147,7 @@ BESIDE |= {"simpo_margin": {"objective": "simpo"}, "nll_weight": {"objective": "
 BESIDE |= {"reward_centre": {"objective": "reward"}}
 TAUGHT = {"objective": "distill", "teacher": "a/teacher"}
 BESIDE |= dict.fromkeys(("divergence", "teacher_top_k", "distill_temperature", "on_policy"), TAUGHT)
+BESIDE["teacher_model"] = TAUGHT | {"teacher": "http://localhost:8000/v1"}
 BESIDE["jsd_beta"] = TAUGHT | {"divergence": "jsd"}
 BESIDE["teacher"] = {"objective": "distill"}
 SAMPLES = {"objective": "grpo", "reward": "exact"}
@@ -153,7 +155,7 @@ BESIDE |= dict.fromkeys(VALUES["on_policy"], SAMPLES)
 BESIDE["reward"] = {"objective": "grpo"}
 BESIDE["eval_answers"] = SAMPLES | {"eval_data": "held_out"}
 # What follows from a setting that is left as it is.
-FOLLOWS = {"rank": ["alpha"], "on_policy": ["divergence"]}
+FOLLOWS = {"rank": ["alpha"], "on_policy": ["divergence"], "teacher_model": ["teacher_top_k"]}
 FOLLOWS |= {n: ["method", "trained_blocks"] for n in BESIDE if n.startswith("train")}
 FOLLOWS |= {n: ["virtual_tokens"] for n in ("virtual_tokens", "prefix_mlp", "prompt_text")}
 METHODS = ("lora", "full", "freeze", "prefix", "prompt")

@@ -211,7 +211,6 @@ def both(names: Any) -> Any:
 def test_what_cannot_teach_is_refused_by_name(teacher, tmp_path):
     model = student()
     for name, error, says in (
-        ("https://server/v1", ConfigError, "a server's log-probabilities are not read"),
         (str(tmp_path / "nothing"), ConfigError, "is no directory"),
         (str(tmp_path), AdapterError, str(tmp_path)),
     ):

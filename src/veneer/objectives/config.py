@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from veneer.checks import (
     ABOVE_0,
@@ -35,6 +36,7 @@ USUAL_BETA: Mapping[ObjectiveName, float] = {
 }
 SMOOTHED = ("dpo", "cpo")
 WITH_REFERENCE = ("dpo", "ipo", "kto")
+OF_A_SERVER = 20  # likeliest tokens: vLLM's limit unless --max-logprobs says otherwise, and ours
 ON_POLICY = ("grpo", "rloo")  # which learn from the model's own samples
 # Preferences are learnt from a model that answers already, and a rate that suits new answers takes
 # it apart: the papers' rates are a tenth of those for answers and less.
@@ -69,9 +71,12 @@ class Objective:
     """The model that preferences are measured from: the base without any adapter, or the model
     as the run starts (start), such as with the adapter of --from."""
     teacher: str | None = None
-    """Directory of another adapter over the same base, whose probabilities are learnt; with
-    on_policy also base, the model without any adapter, or the name of another model with the same
-    vocabulary; of distill."""
+    """Directory of another adapter over the same base, whose probabilities are learnt, or the
+    address of an OpenAI-compatible server, as http://localhost:8000/v1, with a model that has the
+    same vocabulary; with on_policy the adapter, base (the model without any), or the name of
+    another model with the same vocabulary; of distill."""
+    teacher_model: str | None = None
+    """Which of the server's models is the teacher; its only one unless given."""
     on_policy: bool = False
     """Let the rows be prompts, and learn what the teacher gives the student's own answers to them,
     by the settings of samples; of distill."""
@@ -81,10 +86,10 @@ class Objective:
     are from their mixture (jsd); of distill."""
     jsd_beta: float = 0.5
     """The teacher's share in that mixture; of divergence jsd."""
-    teacher_top_k: int = 64
-    """How many of the teacher's likeliest tokens count one by one, all others together; of distill.
-    They are kept on the disk: 8 bytes each, for each token that is learnt. With on_policy all count
-    one by one."""
+    teacher_top_k: int | None = None
+    """How many of the teacher's likeliest tokens count one by one, all others together: 64 unless
+    given, and 20 of a server, which most servers give at most; of distill. They are kept on the
+    disk: 8 bytes each, for each token that is learnt. With on_policy all count one by one."""
     distill_temperature: float = 1.0
     """By what the logits of teacher and student are divided before they are compared; of
     distill."""
@@ -93,9 +98,11 @@ class Objective:
         name = self.objective
         usual = {field.name: field.default for field in fields(self)}
         usual["divergence"] = "reverse" if self.on_policy is True else "forward"
-        if self.divergence is None:
-            object.__setattr__(self, "divergence", usual["divergence"])
-        also = ", or base, or another model" if self.on_policy is True else ""
+        usual["teacher_top_k"] = OF_A_SERVER if self.teacher_is_served else 64
+        for key in ("divergence", "teacher_top_k"):
+            if getattr(self, key) is None:
+                object.__setattr__(self, key, usual[key])
+        also = "base, or another model" if self.on_policy is True else "a server's address"
         only = {
             "label_smoothing": SMOOTHED,
             "simpo_margin": ("simpo",),
@@ -106,6 +113,7 @@ class Objective:
             "reference": WITH_REFERENCE,
             "beta": tuple(USUAL_BETA),
             "teacher": ("distill",),
+            "teacher_model": ("distill",),
             "on_policy": ("distill",),
             "jsd_beta": ("distill",),
             "divergence": ("distill",),
@@ -126,6 +134,7 @@ class Objective:
                 "reward_centre": at_least(0),
                 "reference": one_of(Reference),
                 "teacher": TEXT,
+                "teacher_model": TEXT,
                 "on_policy": BOOLEAN,
                 "divergence": one_of(Divergence),
                 "jsd_beta": BETWEEN_0_AND_1,
@@ -134,10 +143,11 @@ class Objective:
             },
             contradictions={
                 "distill learns from a teacher; name the directory of another adapter of this base "
-                f"by teacher{also}": name == "distill" and not self.teacher,
+                f"by teacher, or {also}": name == "distill" and not self.teacher,
                 f"jsd_beta would do nothing with divergence {self.divergence}; it is of jsd": (
                     name == "distill" and self.divergence != "jsd" and self.jsd_beta != 0.5
                 ),
+                **self._against_a_server(),
                 "teacher_top_k would do nothing with on_policy, where all tokens count": (
                     self.on_policy is True and self.teacher_top_k != usual["teacher_top_k"]
                 ),
@@ -149,6 +159,28 @@ class Objective:
                 for key, names in only.items()
             },
         )
+
+    @property
+    def teacher_is_served(self) -> bool:
+        """Whether the teacher is a server's model."""
+        return isinstance(self.teacher, str) and "://" in self.teacher
+
+    def _against_a_server(self) -> dict[str, bool]:
+        """Return a message for what does not go with a teacher at an address, and whether it is
+        so."""
+        if not self.teacher_is_served:
+            return {
+                "teacher_model would do nothing; it is of a teacher that is a server's address": (
+                    self.teacher_model is not None and self.objective == "distill"
+                ),
+            }
+        return {
+            f"teacher {why_no_address(str(self.teacher))}": bool(why_no_address(str(self.teacher))),
+            "with on_policy the teacher's logits of all tokens are needed, and a server gives its "
+            "likeliest alone; name an adapter, base or a model by teacher": self.on_policy is True,
+            "distill_temperature is of logits, and a server gives probabilities of its likeliest "
+            "tokens alone, at temperature 1; leave it at 1": self.distill_temperature != 1,
+        }
 
     @property
     def course(self) -> dict[str, Any]:
@@ -226,6 +258,26 @@ class Objective:
     def share_of_rate(self) -> float:
         """The learning rate, as a share of that for answers."""
         return 1.0 if self.objective in ("sft", "orpo", "cpo", "distill") else SHARE_OF_RATE
+
+
+def why_no_address(address: str) -> str:
+    """Return why an address is none that can be asked, nothing where it can be; what may be a
+    secret in it is not repeated."""
+    try:
+        where = urlsplit(address)
+        host, _ = where.hostname, where.port  # which raises ValueError
+    except ValueError:
+        return "is no address, such as http://localhost:8000/v1"
+    if where.username or where.password:
+        return (
+            "has a user or a password in its address, which a run would write down; give a key by "
+            "the environment variable OPENAI_API_KEY"
+        )
+    if where.scheme not in ("http", "https") or not host or where.query or where.fragment:
+        return f"{address} is no address of a server, such as http://localhost:8000/v1"
+    if any(character <= " " or character > "~" for character in address):
+        return "has other characters in its address than ASCII's visible ones"
+    return ""
 
 
 ANSWERS = Objective()  # supervised fine-tuning

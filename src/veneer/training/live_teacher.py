@@ -108,8 +108,6 @@ def check_vocabulary(
 
 def is_adapter(teacher: str) -> bool:
     """Return whether a teacher is an adapter over the student's base, and no model of its own."""
-    if "://" in teacher:
-        return True  # which is refused as one
     place = Path(teacher).expanduser()
     if not place.exists() or (place / "config.json").is_file():
         return False

@@ -32,6 +32,7 @@ from veneer.training.choose import as_before
 from veneer.training.live_teacher import check_teacher
 from veneer.training.planned import free_on, plan_run, why_no_merge
 from veneer.training.recipe import Recipe
+from veneer.training.served_teacher import ServedTeacher
 from veneer.training.teacher import check_alone, read_teacher
 
 IN_A_PASS = "what a pass keeps"  # on the disk
@@ -119,6 +120,8 @@ def preflight(
                 check_alone(processes)
                 if recipe.objective.on_policy:
                     check_teacher(teacher, config, tokenizer)
+                elif recipe.objective.teacher_is_served:
+                    ServedTeacher.of(recipe.objective, config).check(tokenizer)
                 else:
                     read_teacher(teacher, skeleton_of(config))
         with checks.check():

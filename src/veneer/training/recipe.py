@@ -151,7 +151,9 @@ class Recipe:
                     self.lora.init == "loftq" and self.quantized_bits is None
                 ),
                 f"{method} trains the base's own weights, over which a teacher acts; take lora": (
-                    self.objective.teacher is not None and self.method.replaces_weights
+                    self.objective.teacher is not None
+                    and not self.objective.teacher_is_served
+                    and self.method.replaces_weights
                 ),
                 f"reward trains a head beside an adapter of low rank; leave out method {method}": (
                     self.objective.is_ranking and method != "lora"

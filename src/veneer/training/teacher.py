@@ -1,5 +1,5 @@
-"""What a teacher, another adapter over the same base, gives the rows of a run: computed once,
-before the first step, and kept beside the encoded rows."""
+"""What a teacher, another adapter over the same base or a server's model, gives the rows of a run:
+asked for once, before the first step, and kept beside the encoded rows."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ from veneer.objectives.criterion import Criterion, label_counts
 from veneer.objectives.distillation import Distillation, Likeliest, TeacherRows
 from veneer.processes.world import World
 from veneer.training.beside_rows import place_of
+from veneer.training.served_teacher import MOST_ROWS, MOST_TOKENS, ServedTeacher
 from veneer.training.threads import worthwhile_threads
 
 FILE = "teacher.npy"
@@ -52,17 +53,13 @@ def read_teacher(teacher: str, model: PreTrainedModel) -> AdapterState:
 
     Raises ConfigError for what cannot teach, AdapterError for what is no adapter of this base.
     """
-    if "://" in teacher:
-        raise ConfigError(
-            f"{teacher} cannot teach: a server's log-probabilities are not read yet. Name an "
-            "adapter's directory by --teacher."
-        )
     directory = Path(teacher).expanduser()
     if not directory.exists() or (directory / "config.json").is_file():
         what = "is a whole model" if directory.exists() else "is no directory"
         raise ConfigError(
             f"{teacher} {what}, and cannot teach given answers: their teacher is an adapter of the "
-            "same base. Name its directory by --teacher; with --on-policy another model can teach."
+            "same base, or a server's model. Name its directory, or the server's address, by "
+            "--teacher; with --on-policy another model can teach."
         )
     state = adapters.read(directory, model)
     config = state.config
@@ -101,10 +98,12 @@ def identity_of_teacher(
     objective: Objective, model: PreTrainedModel, world: World
 ) -> dict[str, str]:
     """Return what a run's identity has of its teacher beside its name, nothing without one. Raises
-    what `read_teacher` does, and ConfigError for several processes."""
+    what `read_teacher` or `ServedTeacher.of` does, and ConfigError for several processes."""
     if objective.teacher is None or objective.on_policy:  # which says its own
         return {}
     check_alone(world.size)
+    if objective.teacher_is_served:
+        return {DIGEST: ServedTeacher.of(objective, model.config).digest}
     return {DIGEST: digest_of(read_teacher(objective.teacher, model))}
 
 
@@ -128,6 +127,7 @@ def bytes_of_teacher(
         place = place_of({"split": split, **before}, FILE, *DECIDE)
         if not (before and place.exists()):
             labels += int(column_of(rows, "label_counts").sum(dtype=np.int64))
+    assert objective.teacher_top_k is not None
     return labels * (8 * min(objective.teacher_top_k, vocab) + 4)
 
 
@@ -157,6 +157,7 @@ def distillation_over(
     """
     criteria: list[Criterion] = []
     assert objective.teacher is not None
+    served = ServedTeacher.of(objective, model.config) if objective.teacher_is_served else None
     for split, examples in splits.items():
         place = None
         if "base" in identity:
@@ -164,7 +165,9 @@ def distillation_over(
         ends = np.cumsum(column_of(examples, "label_counts"), dtype=np.int64)
         slots = int(ends[-1]) if len(ends) else 0
         values = _read(place, slots)
-        if values is None:
+        if served is not None:
+            values = _asked(served, examples, values, place, tokens_per_batch=tokens_per_batch)
+        elif values is None:
             teacher = read_teacher(objective.teacher, model)
             with (
                 attached(model, teacher),
@@ -178,6 +181,26 @@ def distillation_over(
                 values = _written(records, place, slots)
         criteria.append(Distillation(objective, TeacherRows(values, ends)))
     return criteria
+
+
+def _asked(
+    served: ServedTeacher,
+    examples: Sequence[Example],
+    kept: NDArray[np.void] | None,
+    place: Path | None,
+    *,
+    tokens_per_batch: int,
+) -> NDArray[np.void]:
+    """Return what a server's model gives the rows: what was kept, if it gives that still."""
+    if kept is not None:
+        if len(kept):
+            served.check_unchanged(examples, kept)
+        return kept
+    served.check_lengths(examples)
+    most = min(tokens_per_batch, MOST_TOKENS)
+    batches = _in_order(lengths_of(examples), most, most_rows=MOST_ROWS)
+    slots = int(column_of(examples, "label_counts").sum(dtype=np.int64))
+    return _written(served.records(examples, batches), place, slots)
 
 
 @contextmanager
@@ -210,6 +233,7 @@ def _records(
 ) -> Iterator[NDArray[np.void]]:
     """Yield what the model as it is gives the label tokens of all rows, in the order of the rows.
     A label at a row's first token, which nothing predicts, has a record of zeros."""
+    assert objective.teacher_top_k is not None
     forward, _ = choose_forward(model, examples)
     with forward.installed(model):
         for indices in _in_order(lengths_of(examples), tokens_per_batch):
@@ -228,12 +252,15 @@ def _records(
                 yield records
 
 
-def _in_order(lengths: NDArray[np.integer], limit: int) -> Iterator[list[int]]:
-    """Yield the rows in their order, in batches of at most `limit` tokens, or one row."""
+def _in_order(
+    lengths: NDArray[np.integer], limit: int, *, most_rows: int | None = None
+) -> Iterator[list[int]]:
+    """Yield the rows in their order, in batches of at most `limit` tokens and `most_rows`, or one
+    row."""
     batch: list[int] = []
     tokens = 0
     for index, length in enumerate(lengths.tolist()):
-        if batch and tokens + length > limit:
+        if batch and (tokens + length > limit or len(batch) == most_rows):
             yield batch
             batch, tokens = [], 0
         batch.append(index)

@@ -325,6 +325,9 @@ def test_a_job_that_fails_says_why(client, file):
         ({"extra_body": {"rank": "8"}}, "rank should be a valid integer"),
         ({"extra_body": {"eval_every": 3, "eval_rows": 0}}, "eval_every would do nothing"),
         ({"extra_body": {"eval_data": "/etc/passwd"}}, "eval_data is no parameter"),
+        # A server asks no address for a client.
+        ({"extra_body": {"teacher": "http://localhost/v1"}}, "teacher is no parameter"),
+        ({"extra_body": {"teacher_model": "a"}}, "teacher_model is no parameter"),
         ({"extra_body": {"epochs": 1}, "hyperparameters": {"n_epochs": 1}}, "n_epochs and epochs"),
         ({"hyperparameters": {"n_epochs": 0}}, "n_epochs should be"),
         ({"training_file": "file-none"}, "There is no file 'file-none'"),

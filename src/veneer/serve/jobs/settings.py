@@ -24,8 +24,8 @@ HYPERPARAMETERS = ("n_epochs", "learning_rate_multiplier", "batch_size")
 METHODS = ("supervised", "dpo", "reinforcement")
 # Settings of a run that OpenAI has a parameter for, or that are the server's to decide.
 _NOT_OWN = {"seed", "context_parallel", "eval_data"}
-# A teacher is a directory of the server's, which clients do not name.
-_NOT_OWN |= {"teacher", "divergence", "teacher_top_k", "distill_temperature"}
+# A teacher is a directory of the server's, or an address that it would ask; clients name neither.
+_NOT_OWN |= {"teacher", "teacher_model", "divergence", "teacher_top_k", "distill_temperature"}
 _NOT_OWN |= {"on_policy", "jsd_beta"}
 _NOT_OWN |= {"reward", "reward_weights", "reward_seconds"}  # files here, and code: graders are none
 # What a client may ask of the samples of a step, each of which takes memory and time.
