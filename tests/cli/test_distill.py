@@ -8,6 +8,7 @@ from support.fake_teacher import fake_teacher
 from support.random_adapters import shake
 from support.serving_bases import computing_server
 from support.tuned_facts import metrics
+from veneer.models.load import load_config_and_tokenizer
 
 
 @pytest.fixture
@@ -53,29 +54,43 @@ def test_a_student_learns_from_a_run(tune, tune_refused, tmp_path, capsys):
     assert not nothing.exists()
 
 
+FROM_SERVER = ("--objective", "distill", "--rank", 2, "--lr", 0.01, "--out")
+
+
 def test_a_student_learns_from_a_server(tune, tune_refused, minigpt_home, tmp_path, monkeypatch):
     monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("OPENAI_API_KEY", "sk-a-secret-of-its-own")
+    out, nothing = tmp_path / "student", tmp_path / "nothing"
+    with fake_teacher() as server:  # whose tokens are others
+        server.models[0]["max_model_len"] = 4096
+        teacher = ("--teacher", server.address)
+        text = tune_refused(*FROM_SERVER, nothing, *teacher, "--eval-data", "none")
+        assert "Its model must have the student's tokens" in text
+        assert "none" in text  # all at once
+        server.tokenizer = load_config_and_tokenizer(str(minigpt_home))[1]
+        assert tune(*FROM_SERVER, out, *teacher, "--steps", 2) == 0
+    recipe = yaml.safe_load((out / "recipe.yaml").read_text())
+    assert (recipe["teacher"], recipe["teacher_top_k"]) == (server.address, 20)
+    assert "cannot be reached" in tune_refused(*FROM_SERVER, nothing, *teacher)
+    assert not nothing.exists()
+    assert "secret" not in "".join(path.read_text("latin-1") for path in out.rglob("*.*"))
+
+
+@pytest.mark.slow
+def test_a_student_learns_from_an_adapter_of_a_server(
+    tune, tune_refused, minigpt_home, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
     teacher, out, nothing = (tmp_path / name for name in ("teacher", "student", "nothing"))
     base = veneer.load_base(str(minigpt_home), dtype="float32")
     veneer.save(shake(veneer.attach(base.model, veneer.LoRA(rank=2)), size=0.3), teacher)
-    flags = ("--objective", "distill", "--rank", 2, "--steps", 4, "--lr", 0.01, "--out")
     base = veneer.load_base(str(minigpt_home), dtype="float32")
     with computing_server(base, {"facts": teacher}) as server:
         address = ("--teacher", f"{server.url}/v1")
-        assert "several models" in tune_refused(*flags, nothing, *address)
+        assert "several models" in tune_refused(*FROM_SERVER, nothing, *address)
         address += ("--teacher-model", "facts")
-        text = tune_refused(*flags, nothing, *address, "--teacher-top-k", 21)
+        text = tune_refused(*FROM_SERVER, nothing, *address, "--teacher-top-k", 21)
         assert "take a lower --teacher-top-k" in text
-        assert tune(*flags, out, *address) == 0
+        assert tune(*FROM_SERVER, out, *address, "--steps", 8) == 0
     losses = [line["loss"] for line in metrics(out)]
     assert 0 < losses[-1] < losses[0]
-    recipe = yaml.safe_load((out / "recipe.yaml").read_text())
-    assert (recipe["teacher"], recipe["teacher_top_k"]) == (f"{server.url}/v1", 20)
-    assert "cannot be reached" in tune_refused(*flags, nothing, *address, "--eval-data", "none")
-    with fake_teacher() as server:  # whose tokens are others
-        text = tune_refused(*flags, nothing, "--teacher", server.address, "--eval-data", "none")
-    assert "Its model must have the student's tokens" in text
-    assert "none" in text  # all at once
-    assert not nothing.exists()
-    assert "secret" not in "".join(path.read_text("latin-1") for path in out.rglob("*.*"))

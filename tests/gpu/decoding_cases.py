@@ -147,7 +147,7 @@ def engine_of(architecture: str) -> Callable[[], dict]:
         requests = [
             Request((*PROMPT, 5, 6), sampling=Sampling(max_new_tokens=3), logprobs=2),
             Request((*PROMPT, 7), sampling=Sampling(max_new_tokens=3, temperature=0.0)),
-            Request(PROMPT, prompt_logprobs=True),
+            Request(PROMPT, prompt_logprobs=True, logprobs=2),
         ]
         with (
             card() as watch,
@@ -170,6 +170,7 @@ def engine_of(architecture: str) -> Callable[[], dict]:
             "steps": steps,
             "tokens": [len(answer.tokens) for answer in answers],
             "scores": len(answers[2].prompt_logprobs),
+            "tops": [len(top) for top in answers[2].prompt_top[:2]],
             "errors": [repr(answer.error) for answer in answers if answer.error],
         }
 

@@ -44,4 +44,4 @@ def test_answers_wait_for_nothing_but_their_tokens(case, table, pretend):
 def test_the_engine_waits_for_nothing_in_its_steps(case, table, pretend):
     result = pretend("decoding_cases", case, table)
     assert result["waits"] == result["errors"] == []
-    assert (result["tokens"], result["scores"]) == ([3, 3, 0], 20)
+    assert (result["tokens"], result["scores"], result["tops"]) == ([3, 3, 0], 20, [0, 2])

@@ -82,7 +82,7 @@ def wide_probabilities(home: Any) -> torch.Tensor:
     return torch.cat(each)
 
 
-@pytest.mark.parametrize("count", [4, 20])
+@pytest.mark.parametrize("count", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_server_gives_what_a_local_teacher_gives(count, tmp_path):
     home = write_adapter(tmp_path / "wide", "llama", seed=1, rank=4)
     local = given_by(objective_of(str(home), teacher_top_k=count))

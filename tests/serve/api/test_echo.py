@@ -10,7 +10,7 @@ import veneer
 from support.closeness import assert_no_further
 from support.random_adapters import ids
 from support.server import Server, call
-from support.serving_bases import base_of, computing_server, write_adapters
+from support.serving_bases import KINDS, base_of, computing_server, write_adapter
 from support.tiny_models import VOCAB
 from veneer.serve.api import echo
 
@@ -22,7 +22,11 @@ TOP = 4
 
 @pytest.fixture(scope="module")
 def homes(tmp_path_factory):
-    return write_adapters(tmp_path_factory.mktemp("adapters"))
+    home = tmp_path_factory.mktemp("adapters")
+    return {
+        name: write_adapter(home / name, "llama", seed=seed, **KINDS[name])
+        for seed, name in enumerate(("wide", "dora"))
+    }
 
 
 @pytest.fixture(scope="module")
