@@ -2,12 +2,17 @@
 
 import json
 import os
+import signal
+import socket
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from support.waiting import eventually
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = Path(os.environ.get("VENEER_VLLM", ROOT / ".venv-vllm"))
@@ -83,6 +88,36 @@ class Vllm(Reader):
         """Return the milliseconds of a step that gives every row a token, and the tokens."""
         done = self.do(decode=list(rows), steps=steps)
         return done["ms"], done["tokens"]
+
+
+@contextmanager
+def served_by_vllm(model: Path, log: Path) -> Iterator[str]:
+    """Let vLLM's server answer over a transformers directory; yield its address. Without adapters:
+    on a processor its engine ends where a prompt is scored beside them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [ENVIRONMENT / "bin" / "python", "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", model, "--dtype", "float32", "--enforce-eager"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "64"]
+    command += ["--kv-cache-memory-bytes", str(2**28)]
+    with log.open("w") as lines:
+        server = subprocess.Popen(
+            command, stdout=lines, stderr=lines, env=_environment(1), start_new_session=True
+        )
+        try:
+            eventually(lambda: _listens(port) or server.poll() is not None)
+            assert server.poll() is None, log.read_text()[-2000:]
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+
+
+def _listens(port: int) -> bool:
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False
 
 
 def _environment(threads: int) -> Mapping[str, str]:
