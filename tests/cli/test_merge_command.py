@@ -120,4 +120,5 @@ def test_tune_reports_what_a_merge_kept(minigpt_home, capsys):
     assert run(["tune", str(minigpt_home), "rows.jsonl", "--steps", "2", "--out", "out"]) == 0
     output = capsys.readouterr().out
     assert "rounding to float32 took" in output
+    assert "in float32 it would take" not in output  # as it is float32
     assert "The merged model is not" not in output

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Layer = TypeVar("Layer")
 Key = TypeVar("Key", bound=Hashable)
 LAYER = "Layer (in its block)"
+LEAST_SHOWN = 0.0005  # of what rounding took of one weight's change
 
 
 def target_summary(report: TargetReport) -> str:
@@ -98,14 +99,14 @@ def merged_table(tensors: Sequence[MergedTensor]) -> Table:
 
 def merge_lines(report: MergeReport) -> list[str]:
     """Return what a merge kept and lost, a line for each thing to know."""
-    worst = report.worst
-    lines = []
+    worst, lines = report.worst, []
     if worst is not None:
-        lines.append(
-            f"rounding to {report.dtype} took {share_text(report.lost)} of the adapter's change "
-            f"(at most {worst.lost:.1%}, in {escape(worst.path)}); in float32 it would take "
-            f"{share_text(report.lost_in_float32)}"
-        )
+        line = f"rounding to {report.dtype} took {share_text(report.lost)} of the adapter's change"
+        if worst.lost >= LEAST_SHOWN:
+            line += f" (at most {worst.lost:.1%}, in {escape(worst.path)})"
+        if report.dtype != "float32":
+            line += f"; in float32 it would take {share_text(report.lost_in_float32)}"
+        lines.append(line)
     lines.append(
         f"on {report.tokens:,} tokens merged and unmerged differ by {report.divergence:.2g} nats a "
         f"token (KL), and by {report.logit_difference:.2g} in the logit that differs most; the "
