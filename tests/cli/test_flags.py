@@ -382,3 +382,11 @@ def test_an_invocation_is_read_back_as_a_text_or_as_ids(caught, tmp_path, invoca
     path = write_recipe(tmp_path / "recipe.yaml", recipe.settings())
     assert run(["tune", "--config", str(path)]) == 0
     assert caught.recipe.lora.invocation == invocation
+
+
+def test_a_fraction_is_no_whole_number(refused):
+    error = refused("tune", "m", "d", "--rank", "4.5", "--eval-rows", "0.1", "--steps", "3.0")
+    assert "rank is 4.5, but must be a whole number; eval_rows is 0.1, but must" in error
+    assert "steps" not in error
+    assert "trials is 2.5" in refused("search", "m", "d", "--over", "rank=1,2", "--trials", "2.5")
+    assert "max_new_tokens is 1.5" in refused("generate", "hi", "--max-new-tokens", "1.5")

@@ -22,6 +22,7 @@ from rich.text import Text
 from veneer.cli.console import ERRORS, is_at_terminal, show_error, warnings_as_notices
 from veneer.cli.recipes import from_recipe, trials_from_recipe
 from veneer.cli.several_data import data_flags, joined_data
+from veneer.cli.whole_numbers import whole_numbers
 from veneer.errors import ConfigError, VeneerError
 from veneer.files import storage_error
 
@@ -63,6 +64,7 @@ app = App(
     help="Teach a frozen language model something new with thin low-rank layers.",
     help_format="plaintext",
     help_formatter=Paragraphs(),
+    config=whole_numbers,
     suppress_keyboard_interrupt=False,  # run() turns it into an exit code
 )
 for flag in ("--help", "--version"):
@@ -73,7 +75,7 @@ app.command(
     synonym=("train", "finetune", "fine-tune", "lora", "sft", "fit"),  # what others call it
     help="Train an adapter over MODEL on DATA, and keep it two ways: alone, and merged. "
     "Epochs, tokens a step, rate and held-out rows are chosen from both unless given.",
-    config=from_recipe,
+    config=(from_recipe, whole_numbers),
 )
 app.command(
     "veneer.cli.search:search",
@@ -81,7 +83,7 @@ app.command(
     synonym=("sweep", "hpo"),
     help="Try settings of tune for MODEL on DATA, several at a time over one base: bad ones end "
     "early, and the best one's adapter and recipe stay.",
-    config=trials_from_recipe,
+    config=(trials_from_recipe, whole_numbers),
 )
 app.command(
     "veneer.cli.compare:compare",
