@@ -108,6 +108,8 @@ def test_all_that_is_wrong_is_said_with_its_line_and_job(here, refused):
         ("- name: x", "line 1: the file must hold jobs: and a list of them"),
         ("jobs: 3", "line 1: jobs: must hold a list"),
         ("jobs: []", "there are no jobs"),
+        ("jobs: " + 3000 * "[" + 3000 * "]", "cannot be read as YAML"),
+        ("? [a]\n: b", "line 1: a setting must have a name before its colon"),
     ],
 )
 def test_a_file_that_holds_no_jobs(text, error, here, refused):
@@ -164,6 +166,27 @@ def test_a_notice_of_several_jobs_is_in_full_once_and_names_each(capsys):
     assert second.endswith(
         "note two: as one: Its steps have passes of their own: a_reasona_reasona_reason..."
     )
+
+
+@pytest.mark.parametrize(
+    ("jobs", "error"),
+    [
+        ("{name: a, data: 2026-13-45}", "line 1: data cannot be read: month must be in 1..12"),
+        ("{name: a, rank: 4.5}", "line 1, job 'a': rank is 4.5, but must be a whole number"),
+        ("{name: a, ? [b] : c}", "line 1: a setting must have a name before its colon"),
+        ('{name: "\\ud83d"}', "is no name of a directory"),
+        ('{name: "a\\nb"}', "is no name of a directory"),
+        ("{name: ' .'}", "is no name of a directory"),
+        (f"{{name: {'é' * 128}}}", "is no name of a directory"),
+        (
+            "{name: Café}, {name: CAFE\u0301}",
+            "an earlier job has that name too, 'Café', to systems",
+        ),
+    ],
+)
+def test_names_and_values_that_no_directory_or_setting_can_have(jobs, error, here, refused):
+    (here / "jobs.yaml").write_text(f"jobs: [{jobs}]", encoding="utf-8")
+    assert error in refused("tune", "base", "rows.jsonl", "--jobs", "jobs.yaml")
 
 
 @pytest.mark.slow

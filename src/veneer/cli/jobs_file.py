@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import yaml
 from cyclopts import App, Argument, ArgumentCollection, CycloptsError
@@ -26,13 +27,15 @@ from cyclopts.token import Token
 from cyclopts.utils import UNSET
 
 from veneer.cli.file_settings import SEARCHED, SHORT, as_flags
+from veneer.cli.whole_numbers import fraction
 from veneer.errors import ConfigError, VeneerError, nearest
 
 OF_A_JOB = ("data", "from")  # beside what its adapter, course, objective and rows are
 GROUPS = ("method", "lora", "training", "objective", "rows")
 # Settings of these groups that belong to passes, which the jobs share.
 OF_PASSES = ("recompute", "replay_passes", "context_parallel")
-RESERVED = ("", ".", "..")
+NO_NAME = "a setting must have a name before its colon"
+LONGEST_NAME = 255  # bytes, of most file systems
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ def arguments_of_jobs(
     own = {str(child.field_info.name) for group in groups for child in group.children}
     own |= {*OF_A_JOB}
     jobs: dict[str, dict[str, Any]] = {}
+    directories: dict[str, str] = {}
     for entry in _entries(path, problems):
         _check_names(entry, own - {*OF_PASSES}, flags - {"*"}, problems)
         settings = {key: each for key, each in entry.settings.items() if key in own}
@@ -93,8 +97,10 @@ def arguments_of_jobs(
         ):
             problems.add(entry.line, entry.name, "data is missing: the rows that it learns")
         values = _values(path, entry, settings, (app, commands, arguments), problems)
-        if entry.name in jobs:
-            problems.add(entry.line, entry.name, "an earlier job has that name too")
+        if earlier := directories.get(_as_one_directory(entry.name)):
+            but = "" if earlier == entry.name else f", {earlier!r}, to systems that fold cases"
+            problems.add(entry.line, entry.name, f"an earlier job has that name too{but}")
+        directories[_as_one_directory(entry.name)] = entry.name
         jobs[entry.name] = values
     if not problems.lines and not jobs:
         problems.add(1, "", "there are no jobs; list them under jobs:")
@@ -109,13 +115,15 @@ def _entries(path: Path, problems: Problems) -> Iterator[JobEntry]:
         top = loader.get_single_node()
     except FileNotFoundError as error:
         raise ConfigError(f"There is no file of jobs {path}.") from error
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"The jobs in {path} cannot be read as YAML: {error}") from error
     if not isinstance(top, yaml.MappingNode):
         problems.add(1, "", "the file must hold jobs: and a list of them")
         return
     for key, node in top.value:
-        if key.value != "jobs":
+        if not isinstance(key, yaml.ScalarNode):
+            problems.add(_line(key), "", NO_NAME)
+        elif key.value != "jobs":
             text = f"{key.value!r} is unknown{nearest(str(key.value), ['jobs'])}"
             problems.add(_line(key), "", f"{text}; what holds for all jobs is said by flags")
         elif not isinstance(node, yaml.SequenceNode):
@@ -133,12 +141,15 @@ def _entry(loader: yaml.SafeLoader, node: yaml.Node, problems: Problems) -> JobE
     settings: dict[str, Setting] = {}
     repeated: list[tuple[int, str]] = []
     for key_node, value_node in node.value:
+        if not isinstance(key_node, yaml.ScalarNode):
+            problems.add(_line(key_node), "", NO_NAME)
+            continue
         key = str(key_node.value).replace("-", "_")
         if key in settings:
             repeated.append((_line(key_node), key))
         try:
             value = loader.construct_object(value_node, deep=True)
-        except yaml.YAMLError as error:
+        except (ValueError, yaml.YAMLError) as error:  # a date that is none, too
             problems.add(_line(value_node), "", f"{key} cannot be read: {error}")
             continue
         if key == "name" and isinstance(value_node, yaml.ScalarNode):
@@ -151,11 +162,23 @@ def _entry(loader: yaml.SafeLoader, node: yaml.Node, problems: Problems) -> JobE
     if name is None:
         problems.add(_line(node), "", "the job has no name: that of its directory below --out")
         return None
-    if isinstance(name.value, list | dict) or text in RESERVED or {*text} & {"/", "\\", "\0"}:
+    if isinstance(name.value, list | dict) or not _names_a_directory(text):
         what = f"{name.value!r} is no name of a directory; choose another name"
         problems.add(name.line, "", what)
         return None
     return JobEntry(text, _line(node), settings)
+
+
+def _names_a_directory(text: str) -> bool:
+    """Return whether a text names a directory below another, on all systems."""
+    if not text.strip(". ") or not text.isprintable() or {*text} & {"/", "\\"}:
+        return False
+    return len(text.encode()) <= LONGEST_NAME
+
+
+def _as_one_directory(name: str) -> str:
+    """Return what is equal for names that are the same directory's to some systems."""
+    return normalize("NFC", name).casefold()
 
 
 def _check_names(entry: JobEntry, own: set[str], flags: set[str], problems: Problems) -> None:
@@ -212,6 +235,9 @@ def _values(
             problems.add(settings[key].line, entry.name, _text(error))
     called: dict[str, Any] = {}
     for argument in own:
+        for token in argument.tokens:
+            if token.source == source and (text := fraction(argument, token)):
+                problems.add(_line_of(text, argument, settings, entry.line), entry.name, text)
         try:
             value = argument.convert()
         except VeneerError as error:
