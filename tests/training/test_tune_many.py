@@ -143,13 +143,22 @@ def test_a_recipe_that_joins_is_what_it_is_alone_and_one_that_cannot_fails(home,
     quantized = replace(recipe(home, "joined", "quantized"), bits=8)
     late = recipe(home, "joined", "r=4 at 0.01")
     unattached = {"unattached": recipe(home, "joined", "unattached")}
-    waiting = iter(({}, {"quantized": quantized}, unattached, {"r=4 at 0.01": late}))
     first = {"dora": recipe(home, "joined", "dora")}
-    events = [*veneer.tune_many(first, joining=lambda: next(waiting, {}), merges=False)]
+    cannot = {"quantized": quantized, **first}
+    waiting = iter(({}, cannot, unattached, {"r=4 at 0.01": late}))
+    locked = []
+
+    def joining() -> dict[str, veneer.Recipe]:
+        locked.append((home / "joined" / "dora" / ".lock").exists())
+        return next(waiting, {})
+
+    events = [*veneer.tune_many(first, joining=joining, merges=False)]
     names = ["dora", "r=4 at 0.01"]
     failed = {name: event.error for name, event in events if isinstance(event, Failed)}
-    assert [*failed] == ["quantized", "unattached"]
+    assert [*failed] == ["quantized", "dora", "unattached"]
     assert "bits is 8" in str(failed["quantized"])
+    assert "a job of that name trains already" in str(failed["dora"])
+    assert locked[:3] == [True, True, True]  # as long as it trains
     assert [name for name, event in events if isinstance(event, ModelReady)] == names
     for name in names:
         alone = {k: v for k, v in files(home / "alone" / name).items() if "merged" not in k}

@@ -106,7 +106,8 @@ def tune_many(
                     of_joining.extend(runs.begin({name: recipe}, begun))
                 except (VeneerError, OSError) as error:
                     of_joining.append((name, Failed(error)))
-                    runs.release(name)
+                    if not runs.trains(name):
+                        runs.release(name)
             return begun
 
         for adapter, event in train_many(
@@ -166,6 +167,10 @@ class _Runs:
         """The base, once it is loaded."""
         assert self._base is not None
         return self._base
+
+    def trains(self, name: str) -> bool:
+        """Return whether a run of that name is one of those that have not ended."""
+        return name in self._prepared
 
     def release(self, *names: str) -> None:
         """Let others have the directories of these runs, or of all."""
