@@ -24,6 +24,7 @@ from veneer.training.search.result import (
     SearchResult,
     TrialEnded,
     TrialResult,
+    markdown,
 )
 
 TRIALS = [
@@ -93,6 +94,20 @@ def test_the_picture_has_the_rate_along_the_axis_and_a_series_for_each_rank(tmp_
     no_losses = SearchResult("base", "rows", [TrialResult(0, {"lr": 1.0}, "failed")], RESULT.cost)
     with pytest.raises(veneer.VeneerError, match="no trial was measured"):
         draw_response(no_losses, Path(tmp_path / "response.png"))
+
+
+def test_patterns_are_no_formulas_in_the_picture_and_no_cells_of_the_table(tmp_path):
+    patterns = [r"re:.*(q|k)_proj$|.*\.v_proj$", "re:^x$|$^"]
+    trials = [
+        TrialResult(
+            n, {"lr": 1e-3 * (n + 1), "targets": pattern, "init": pattern}, "complete", {9: n}
+        )
+        for n, pattern in enumerate(patterns)
+    ]
+    result = replace(RESULT, trials=trials)
+    draw_response(result, tmp_path / "response.png")
+    rows = markdown(result).splitlines()[-2:]
+    assert [row.replace(r"\|", "").count("|") for row in rows] == [7, 7]
 
 
 def test_trials_have_the_settings_of_a_recipe(asked, tmp_path, refused):

@@ -47,9 +47,9 @@ def draw_response(result: SearchResult, path: Path) -> None:
     for axes, column in zip(all_axes[0], columns, strict=True):
         for number, name in enumerate(names):
             own = [t for t in trials if _of(t, panels) == column and _of(t, series) == name]
-            _draw_series(axes, own, x, number, "" if series is None else f"{series} {name}")
+            _draw_series(axes, own, x, number, _title(series, name))
         if panels is not None:
-            axes.set_title(f"{panels} {column}", fontsize=10)
+            axes.set_title(_title(panels, column), fontsize=10)
         axes.set_xlabel("learning rate" if x == "lr" else x)
         values = [trial.values[x] for trial in trials]
         if all(isinstance(value, float) and value > 0 for value in values):
@@ -106,6 +106,11 @@ def _draw_series(axes: Any, trials: list[TrialResult], x: str, number: int, labe
         alpha=0.6,
         zorder=2,
     )
+
+
+def _title(name: str | None, value: Any) -> str:
+    """Return what trials with a value are called. A pattern's $ would begin a formula."""
+    return "" if name is None else f"{name} {value}".replace("$", r"\$")
 
 
 def _of(trial: TrialResult, name: str | None) -> Any:

@@ -152,6 +152,7 @@ def markdown(result: SearchResult) -> str:
     for trial in result.trials:
         values = [in_words({"": trial.values[n]}).strip() for n in names if n in trial.values]
         loss = "" if trial.loss is None else f"{trial.loss:.4f}"
+        values = [value.replace("|", r"\|") for value in values]  # of a pattern
         cells = [str(trial.number), *values, loss, f"{trial.steps:,}", ending(trial)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
