@@ -10,6 +10,7 @@ import veneer
 from veneer.training.search.space import (
     Range,
     Values,
+    few_of,
     grid_of,
     space_of,
     usual_values,
@@ -53,6 +54,9 @@ def test_all_that_is_wrong_is_said_at_once():
         "device": "cpu,cuda",
         "alpha": 16,
         "seed": [[1], [2]],
+        "clip": "1...5",
+        "lora-plus-ratio": "2..8",
+        "lora_plus_ratio": "4..16",
     }
     with pytest.raises(veneer.ConfigError) as refused:
         space_of(over, RECIPE)
@@ -68,8 +72,12 @@ def test_all_that_is_wrong_is_said_at_once():
         "'device' cannot be varied",
         "alpha is 16; give a text, or a sequence of numbers",
         "seed is [[1], [2]]; give a text",
+        "clip=1...5 is no range",
+        "lora_plus_ratio is given twice",
     ):
         assert text in str(refused.value)
+    with pytest.raises(veneer.ConfigError, match=r"targets is \(5,\), but must be names"):
+        space_of({"targets": [5, "all"]}, RECIPE)
     with pytest.raises(veneer.ConfigError, match="nothing is varied"):
         space_of({}, RECIPE)
 
@@ -84,6 +92,23 @@ def test_alpha_stays_in_proportion_to_the_rank_unless_it_was_given():
 def test_names_of_one_value_are_targets_of_one_trial_and_patterns_stay_whole():
     assert with_values(RECIPE, {"targets": "q_proj+v_proj"}).lora.targets == ("q_proj", "v_proj")
     assert with_values(RECIPE, {"targets": "re:.*q+"}).lora.targets == ("re:.*q+",)
+
+
+def test_a_text_is_no_range_and_no_number():
+    over = {"targets": r"re:.*layers\.[01]\..*,all", "layers": "3,0:2"}
+    assert space_of(over, RECIPE) == {
+        "targets": Values((r"re:.*layers\.[01]\..*", "all")),
+        "layers": Values(("3", "0:2")),
+    }
+
+
+def test_few_combinations_are_all_of_them():
+    space = space_of({"rank": "2..3", "dora": "true,false"}, RECIPE)
+    pairs = [{"rank": rank, "dora": dora} for rank in (2, 3) for dora in (True, False)]
+    assert few_of(space, most=4) == pairs
+    assert few_of(space, most=3) == []
+    assert few_of(space_of({"rank": "1..2000000"}, RECIPE), most=9) == []
+    assert few_of(space_of({"rank": "1,2", "lr": "1e-3..2e-3"}, RECIPE), most=9) == []
 
 
 def test_the_first_trial_is_the_recipe_itself_where_the_ranges_have_it():

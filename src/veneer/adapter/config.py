@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, TypeVar
@@ -99,8 +99,10 @@ class LoRA:
     def __post_init__(self) -> None:
         if isinstance(self.targets, str):
             names = tuple(name.strip() for name in split_names(self.targets) if name.strip())
-        else:
+        elif isinstance(self.targets, Iterable):
             names = tuple(self.targets)
+        else:
+            names = (self.targets,)  # which is no text, and so refused
         object.__setattr__(self, "targets", names)
         object.__setattr__(self, "invocation", _invocation(self.invocation))
         self._check()

@@ -77,6 +77,8 @@ def space_of(over: Over, recipe: Recipe) -> dict[str, Range | Values]:
             problems.append(f"{name} is the same for all trials; give --{name.replace('_', '-')}")
         elif name not in types:
             problems.append(f"{name!r} cannot be varied{nearest(name, types)}")
+        elif name in space:
+            problems.append(f"{name} is given twice")
         else:
             try:
                 space[name] = _range_or_values(name, spec, types[name])
@@ -124,6 +126,25 @@ def grid_of(space: Space, *, most: int) -> list[dict[str, Value]]:
             f"A grid of these values is {count:,} trials; give --trials {count}, fewer values, or "
             "another sampler."
         )
+    return _combinations(space)
+
+
+def few_of(space: Space, *, most: int) -> list[dict[str, Value]]:
+    """Return all combinations of values where they are no more than so many, of which a sampler
+    would draw some again; else none."""
+    few: dict[str, Values] = {}
+    for name, each in space.items():
+        if isinstance(each, Values):
+            few[name] = each
+        elif each.whole and each.high - each.low < most:
+            few[name] = Values(tuple(range(int(each.low), int(each.high) + 1)))
+        else:
+            return []
+    count = math.prod(len(each.bounds) for each in few.values())
+    return _combinations(few) if count <= most else []
+
+
+def _combinations(space: Space) -> list[dict[str, Value]]:
     return [
         dict(zip(space, values, strict=True))
         for values in product(*(each.bounds for each in space.values()))
@@ -161,21 +182,26 @@ def _range_or_values(name: str, spec: str | Sequence[Value], kind: str) -> Range
             f"{name} is {spec!r}; give a text, or a sequence of numbers, texts and truth values "
             f"(names of one value are joined, as in q_proj{JOINED}v_proj)"
         )
+    kinds = {*kind.split(" | ")}
+    is_text = not kinds & {"int", "float", "bool"}  # in which dots and numbers are of a name
     if not isinstance(spec, str):
         values: list[Value] = list(spec)
-    elif BETWEEN in spec:
-        return _range(name, spec, whole="int" in kind.split(" | "))
+    elif BETWEEN in spec and not is_text:
+        return _range(name, spec, whole="int" in kinds)
     else:
-        values = [_value(text.strip()) for text in spec.split(",") if text.strip()]
+        texts = [text.strip() for text in spec.split(",") if text.strip()]
+        values = [*texts] if is_text else [*map(_value, texts)]
     if not values:
         raise ConfigError(f"{name} has no values; give some, as in {name}=A,B, or a range, A..B")
-    if "float" in kind.split(" | "):
+    if "float" in kinds:
         values = [*_floats(values)]
     return Values(tuple(dict.fromkeys(values)))
 
 
 def _range(name: str, spec: str, *, whole: bool) -> Range:
     low_text, _, high_text = spec.partition(BETWEEN)
+    if high_text.startswith("."):  # of three dots, the last would make 0.3 of 3
+        high_text = ""
     try:
         low, high = float(low_text), float(high_text)
     except ValueError:
