@@ -101,6 +101,13 @@ def test_a_run_that_goes_on_keeps_what_was_settled_and_searches_nothing(recipe, 
     assert not searches
 
 
+def test_a_run_whose_recipe_is_damaged_is_searched_for_anew(recipe, searches):
+    recipe.out.mkdir()
+    RunDirectory(recipe.out).write_recipe({"rank": 3})
+    list(auto.settle_by_search(recipe, ["lr"], resume=True))
+    assert searches
+
+
 def test_a_run_that_cannot_begin_is_refused_before_it_is_searched_for(recipe, searches):
     (recipe.out / "lora_adapter").mkdir(parents=True)
     with pytest.raises(veneer.ConfigError, match="holds an earlier run"):

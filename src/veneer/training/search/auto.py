@@ -51,7 +51,7 @@ def settle_by_search(
     if unknown := {*names} - {"lr", "rank"}:
         raise ConfigError(f"A search before a run is for lr and rank, not for {unknown.pop()}.")
     before = RunDirectory(recipe.out).read_recipe() if resume else {}
-    if before:
+    if all(name in before for name in names):
         return with_values(recipe, {name: before[name] for name in names})
     ahead = preflight(
         recipe, resume=resume and recipe.out.exists(), force=force, ignore_space=ignore_plan
