@@ -107,7 +107,7 @@ def test_patterns_are_no_formulas_in_the_picture_and_no_cells_of_the_table(tmp_p
     result = replace(RESULT, trials=trials)
     draw_response(result, tmp_path / "response.png")
     rows = markdown(result).splitlines()[-2:]
-    assert [row.replace(r"\|", "").count("|") for row in rows] == [7, 7]
+    assert [row.replace(r"\|", "").count("|") for row in rows] == [8, 8]
 
 
 def test_trials_have_the_settings_of_a_recipe(asked, tmp_path, refused):

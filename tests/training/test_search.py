@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from sqlite3 import connect
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -17,16 +18,30 @@ import veneer
 from support.many_runs import one_by_one
 from support.random_adapters import tokenizer
 from support.tiny_models import tiny
+from veneer.errors import StorageError
 from veneer.formats.merged import write_model
 from veneer.objectives.policy_config import OnPolicy
 from veneer.run_directory import RunDirectory
+from veneer.run_lock import RunLock
 from veneer.training import run
-from veneer.training.events import Checkpointed, Evaluated, Event, Step
+from veneer.training.events import (
+    Checkpointed,
+    Evaluated,
+    Event,
+    ModelReady,
+    Notice,
+    Started,
+    Step,
+)
 from veneer.training.many import train as many
+from veneer.training.many import tune as many_runs
+from veneer.training.many.planned import DoesNotFit
+from veneer.training.search import study
+from veneer.training.search.directory import clear
 from veneer.training.search.result import Cost, SearchBegun, TrialBegun, TrialEnded, markdown
 from veneer.training.search.run import _Trials
 from veneer.training.search.space import Range
-from veneer.training.search.study import SearchStudy
+from veneer.training.search.study import SearchStudy, study_errors
 
 ROWS = [
     {"prompt": "veneer is thin"[: 3 + i], "completion": "walnut lacquer"[: 4 + i]} for i in range(8)
@@ -237,9 +252,97 @@ def test_what_cannot_be_searched_is_refused_before_anything_trains(home):
     assert not (home / "none").exists()
 
 
+def test_what_is_in_a_directory_stays_unless_it_may_go(home):
+    other = recipe(home, "taken")
+    checkpoint = other.out / "checkpoints" / "step-000001"
+    checkpoint.mkdir(parents=True)
+    (other.out / "metrics.jsonl").write_text("{}")
+    for name in ("007", "notes"):
+        (other.out / "trials" / name).mkdir(parents=True)
+    with pytest.raises(
+        veneer.ConfigError, match=r"earlier run \(checkpoints, metrics\.jsonl, 007\)"
+    ):
+        list(veneer.search(other, OVER, CONFIG))
+    lock = RunLock(other.out)
+    lock.take()
+    with pytest.raises(veneer.ConfigError, match="is being written by another run"):
+        list(veneer.search(other, OVER, CONFIG, force=True))
+    assert checkpoint.exists()
+    lock.release()
+    clear(other.out)
+    left = {str(path.relative_to(other.out)) for path in other.out.rglob("*")}
+    assert left == {"checkpoints", "trials", "trials/notes"}
+    no_directory = replace(other, out=home / "rows.jsonl")
+    with pytest.raises(veneer.ConfigError, match=r"rows\.jsonl is a file, but --out must name"):
+        list(veneer.search(no_directory, OVER, CONFIG))
+
+
+def test_each_of_few_combinations_is_tried_once_and_no_more_at_a_time_than_fit(home, monkeypatch):
+    planned, own = list[int](), many_runs.plan_together
+
+    def plan(jobs: Any, tokens: int) -> Any:
+        planned.append(len(jobs))
+        return own(jobs, tokens)
+
+    def fits(*_: Any) -> None:
+        if planned[-1] > 2:
+            raise DoesNotFit("no room")
+
+    monkeypatch.setattr(many, "backward_together", one_by_one)
+    monkeypatch.setattr(many_runs, "plan_together", plan)
+    monkeypatch.setattr(many_runs, "check_fits_together", fits)
+    config = veneer.SearchConfig(trials=9, together=4, pruner="none")
+    events = [*veneer.search(recipe(home, "few"), {"rank": "1..4"}, config)]
+    trials = events[-1][1].result.trials
+    by_number = sorted(trials, key=lambda trial: trial.number)
+    assert [trial.values["rank"] for trial in by_number] == [2, 1, 3, 4]  # its own is the first
+    assert {trial.state for trial in trials} == {"complete"}
+    notices = [event.text for _, event in events if isinstance(event, Notice)]
+    assert "No more than 2 trials train at a time: no room" in notices
+
+
+def test_losses_on_other_rows_are_not_compared(home):
+    with pytest.raises(veneer.ConfigError, match="A seed decides which rows are held out"):
+        list(veneer.search(recipe(home, "seeds"), {"seed": [1, 2]}, CONFIG))
+
+
+def test_a_full_disk_is_an_error_of_the_disk(tmp_path, monkeypatch):
+    def small(path: Path, **options: Any) -> Any:
+        connection = connect(path, **options)
+        connection.execute(f"PRAGMA max_page_count = {pages}")
+        return connection
+
+    monkeypatch.setattr(study, "connect", small)
+    pages = 9
+    with pytest.raises(StorageError, match=r"a/study\.db cannot be written: the disk is full"):
+        SearchStudy(tmp_path / "a" / "study.db", {}, CONFIG, seed=0)
+    pages, path = 99, tmp_path / "study.db"
+    kept = SearchStudy(path, {}, CONFIG, seed=0)
+    with pytest.raises(StorageError, match="full"), study_errors(path):
+        kept.settle({"data": "x" * 10**6})
+    with pytest.raises(ZeroDivisionError), study_errors(path):
+        1 / 0  # noqa: B018
+
+
+def test_how_a_trial_trains_is_news_once_and_what_it_is_made_ready_with_is_none():
+    trials = object.__new__(_Trials)
+    trials.unsaid, trials.attached, trials.noticed, trials.steps = [], set(), set(), {}
+    alone, ready = (
+        Notice("Its steps have passes of their own."),
+        ModelReady(Mock(), (), "float32", None),
+    )
+    for name, news in (("000", [alone]), ("001", [])):
+        assert not list(trials.take(name, Notice("The rows are short.")))
+        assert not list(trials.take(name, ready))
+        assert [event for _, event in trials.take(name, alone)] == news
+        assert list(trials.take(name, Started(9, 0)))
+        assert not list(trials.take(name, Notice(f"The loss of {name} stands out.")))
+
+
 def test_no_trial_begins_after_the_minutes_however_many_have_ended_since(monkeypatch):
     trials = object.__new__(_Trials)
     trials.config, trials.asked_to_stop = veneer.SearchConfig(minutes=1), lambda: False
+    trials.waiting, trials.most = [], 24
     trials.study, trials.drawn = SimpleNamespace(seconds=0.0, ask=lambda: pytest.fail("late")), 0
     trials.began = trials.counted = 0.0
     for now in (50.0, 61.0):

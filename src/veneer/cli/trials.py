@@ -51,7 +51,7 @@ class SearchDisplay:
         """Print what an event means, or move a bar."""
         match event:
             case Notice(text):
-                show_notice(text, on=OUTPUT)
+                show_notice(f"trial {int(name)}: {text}" if name else text, on=OUTPUT)
             case Planned(plan, free):
                 OUTPUT.print(f"[bold]Plan[/]    {plan_summary(plan, free)}")
             case DataReady(summary, held_out):

@@ -81,7 +81,7 @@ def to_the_end(
         if merges and (yield from _merge(recipe, base, plan, verdict, resume=resume)):
             written.add(recipe.merged)
         if not resume:
-            _clear_results(run, keep=written)
+            clear_results(run, keep=written)
 
 
 def _save(recipe: Recipe, base: Base, plan: Plan | None, about: dict[str, Any]) -> Iterator[Event]:
@@ -101,7 +101,7 @@ def clear_state(run: RunDirectory) -> None:
     checkpoint.remove_all(run.checkpoints)
 
 
-def _clear_results(run: RunDirectory, *, keep: Collection[Path]) -> None:
+def clear_results(run: RunDirectory, *, keep: Collection[Path]) -> None:
     """Remove what an earlier run left as its results, of whatever method, and nothing else. keep:
     what this run has written"""
     for method in get_args(MethodName):

@@ -19,6 +19,10 @@ from veneer.training.preflight import IN_A_PASS, Preflight, bytes_on_disk
 from veneer.training.prepare import Prepared
 
 
+class DoesNotFit(ConfigError):
+    """Jobs that train together need more memory than is there."""
+
+
 def plan_together(jobs: Sequence[Prepared], tokens_per_pass: int) -> Plan:
     """Return what jobs need together: the base and one pass, as the job needs them that needs most,
     and every job's adapter, gradients and moments.
@@ -45,12 +49,12 @@ def plan_together(jobs: Sequence[Prepared], tokens_per_pass: int) -> Plan:
 
 
 def check_fits_together(plan: Plan, available: int | None) -> None:
-    """Raise ConfigError, with what would make it fit, where jobs need more memory than is there.
+    """Raise DoesNotFit, with what would make it fit, where jobs need more memory than is there.
 
     available: what the process has and may still take, in bytes, None for not known.
     """
     if available is not None and plan.memory.peak > available:
-        raise ConfigError(
+        raise DoesNotFit(
             f"These jobs would need {plan.memory.peak / 1e9:.2f} GB at their peak, but there is "
             f"{available / 1e9:.2f} GB. Train fewer of them at a time, or take fewer --bits, less "
             "--tokens-per-pass and --tokens-per-batch, or --recompute full. To go ahead all the "

@@ -224,13 +224,14 @@ class _Runs:
             if not joins:
                 yield ALL, Notice(f"No memory is planned for these jobs: {why}")
         else:
-            self.plan = plan_together(of_all, self.tokens_per_pass)
+            plan = plan_together(of_all, self.tokens_per_pass)
             available = available_memory(self.device)
             if not self.ignore_plan:
-                check_fits_together(self.plan, available)
-                check_host(self.plan, 1)
+                check_fits_together(plan, available)
+                check_host(plan, 1)
+            self.plan = plan
             if not joins:
-                yield ALL, Planned(self.plan, available)
+                yield ALL, Planned(plan, available)
         self._prepared |= new
 
     def load(self) -> Iterator[tuple[str, Event]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from functools import cache
@@ -13,10 +13,11 @@ from pathlib import Path
 
 from veneer.data.columns import lengths_of
 from veneer.data.packing import StepOrder
-from veneer.errors import Checks, ConfigError, DivergedError, VeneerError
+from veneer.errors import DivergedError, VeneerError
 from veneer.files import new_directory
 from veneer.formats import native
 from veneer.run_directory import RunDirectory
+from veneer.run_lock import RunLock
 from veneer.training.config import TOKENS_PER_PASS
 from veneer.training.events import (
     DataReady,
@@ -31,10 +32,11 @@ from veneer.training.events import (
     Stopped,
     Written,
 )
+from veneer.training.many.planned import DoesNotFit
 from veneer.training.many.tune import ALL, named, tune_many
-from veneer.training.preflight import Preflight, preflight
 from veneer.training.prepare import Prepared, prepare, settings_of
 from veneer.training.recipe import Recipe
+from veneer.training.search.check import check_held_out, check_kind, checked_values
 from veneer.training.search.config import SearchConfig
 from veneer.training.search.directory import STUDY, TRIALS, check_directory, clear, leave_best
 from veneer.training.search.result import (
@@ -53,13 +55,20 @@ from veneer.training.search.space import (
     Over,
     Space,
     Value,
-    Values,
+    few_of,
     grid_of,
     space_of,
     usual_values,
     with_values,
 )
-from veneer.training.search.study import KEEP_ONE_OF, MEASUREMENTS, SECOND, SearchStudy
+from veneer.training.search.study import (
+    KEEP_ONE_OF,
+    MEASUREMENTS,
+    SECOND,
+    SearchStudy,
+    study_errors,
+)
+from veneer.training.tune import take
 
 # Steps that the first trial makes alone, of which the first is not timed: what it costs to share no
 # pass is measured, and nothing is done twice for it.
@@ -90,59 +99,54 @@ def search(
     fits where the recipe, the data or a value cannot be used, before anything is trained.
     """
     config = config or SearchConfig()
-    if recipe.method.method != "lora":
-        raise ConfigError(
-            f"A search is over low-rank adapters, and {recipe.method.method} is none."
-        )
-    if recipe.objective.shape == "prompts":
-        raise ConfigError(
-            f"Trials train together, and {recipe.objective.objective} learns from samples of its "
-            "own, which they do not draw together yet; compare runs of veneer tune instead."
-        )
+    check_kind(recipe)
     space = space_of(over, recipe)
     grid = grid_of(space, most=config.trials) if config.sampler == "grid" else []
+    grid = grid or few_of(space, most=config.trials)
     check_directory(recipe.out, resume=resume, force=force)
-    ahead = _checked_values(recipe, space, ignore_space=ignore_plan)
+    ahead = checked_values(recipe, space, ignore_space=ignore_plan)
     prepared = yield from named(ALL, prepare(ahead))
-    if not prepared.rows.held_out:
-        raise ConfigError(
-            "A search compares trials by rows that none of them learns. Hold some out by "
-            "--eval-rows, or name others by --eval-data."
-        )
-    if force:
-        clear(recipe.out)
-    if grid:
-        config = replace(config, trials=len(grid))
-    trials = _Trials(recipe, prepared, space, config, should_stop)
-    trials.start_with(grid)
-    yield ALL, SearchBegun(config.trials, trials.drawn - len(trials.interrupted))
-    yield from trials.unsaid
-    while first := trials.first():
-        yield from trials.unsaid
-        trials.unsaid.clear()
-        for name, event in tune_many(
-            first,
-            resume=any(each.out.exists() for each in first.values()),
-            ignore_plan=ignore_plan,
-            tokens_per_pass=tokens_per_pass,
-            joining=trials.joining,
-            should_stop=trials.should_stop,
-            merges=False,
-            evaluate_at=trials.evaluate_at,
-            saves=trials.saves,
-        ):
-            yield from trials.take(name, event)
-    result = trials.result()
-    write_result(result, recipe.out)
-    if result.best is not None:
-        leave_best(result.best, recipe.out)
-    yield ALL, Searched(result)
+    check_held_out(prepared.rows, space)
+    lock = RunLock(recipe.out)
+    try:
+        if killed := take(lock, recipe.out, may_hold_a_run=True):
+            yield ALL, Notice(killed)
+        check_directory(recipe.out, resume=resume, force=force)  # again, for it may be there by now
+        if force:
+            clear(recipe.out)
+        with study_errors(recipe.out / STUDY):
+            trials = _Trials(recipe, prepared, space, config, should_stop)
+            trials.start_with(grid)
+            yield ALL, SearchBegun(trials.most, trials.drawn - len(trials.waiting))
+            while first := trials.first():
+                yield from trials.late()
+                for name, event in tune_many(
+                    first,
+                    resume=any(each.out.exists() for each in first.values()),
+                    ignore_plan=ignore_plan,
+                    tokens_per_pass=tokens_per_pass,
+                    joining=trials.joining,
+                    should_stop=trials.should_stop,
+                    merges=False,
+                    evaluate_at=trials.evaluate_at,
+                    saves=trials.saves,
+                ):
+                    yield from trials.take(name, event)
+            yield from trials.late()
+            result = trials.result()
+            write_result(result, recipe.out)
+            if result.best is not None:
+                leave_best(result.best, recipe.out)
+            yield ALL, Searched(result)
+    finally:
+        lock.release()
 
 
 class _Trials:
     """The trials of a search: which train, which begin next, and what becomes of each.
 
-    unsaid: events of trials that began while nothing could be yielded
+    waiting: trials that were drawn and have to begin, or go on. most: trials in all. together: at
+    most, at a time. unsaid: events of trials that began while nothing could be yielded
     """
 
     def __init__(
@@ -174,59 +178,65 @@ class _Trials:
         self.unsaid: list[tuple[str, Event]] = []
         self.began = self.counted = time.perf_counter()  # the seconds up to `counted` are noted
         self.training: dict[str, TrialResult] = {}  # by name
+        self.attached: set[str] = set()  # those whose adapters are, or were
+        self.noticed: set[str] = set()  # texts of notices
         self.steps: dict[str, int] = {}  # that each has in all
         self.leaving: set[str] = set()  # those that make way for others
         self.timed: list[Step] = []  # of the first trial, alone
-        self.interrupted = self.study.unfinished()
+        # Those that have a directory come first: `tune_many` goes on only where there is one.
+        self.waiting = sorted(
+            self.study.unfinished(), key=lambda trial: not self._directory(trial).exists()
+        )
         earlier = self.study.trials()
-        self.drawn = len(earlier)
+        self.drawn, self.most, self.together = len(earlier), config.trials, config.together
         losses = (trial.loss for trial in earlier if trial.state == "complete")
         self.best = min((loss for loss in losses if loss is not None), default=math.inf)
         self.usual = usual_values(prepared.recipe, space)
 
-    def start_with(self, grid: list[dict[str, Value]]) -> None:
-        """Let a search that begins now have these trials first, or the recipe's own run."""
-        if self.drawn == 0:
-            for values in grid or ([self.usual] if self.usual else []):
-                self.study.first(values)
+    def start_with(self, combinations: Sequence[Mapping[str, Value]]) -> None:
+        """Let each of these combinations have one trial, and nothing else; or, if there are none,
+        begin with the recipe's own run."""
+        usual = [self.usual] if self.usual and self.config.sampler != "grid" else []
+        for values in (*usual, *combinations):
+            self.study.first(values)
+        if combinations:
+            self.most = self.drawn + self.study.enqueued
 
     def first(self) -> dict[str, Recipe]:
         """Return the trials that begin before the others: those that a search was interrupted in,
         or else one."""
-        if self.interrupted:
-            trials, self.interrupted = self.interrupted, []
-            return self._begin(trials)
-        return self._next(1)
+        return self._next(max(1, min(len(self.waiting), self.together)))
 
     def joining(self) -> dict[str, Recipe]:
         """Return the trials that begin now, in the places of those that have ended."""
         alone = self.study.speed_alone is None and len(self.timed) < ALONE
         if alone and len(self.training) == 1 and not self.leaving:
             return {}
-        return self._next(self.config.together - len(self.training))
+        return self._next(self.together - len(self.training))
 
     def _next(self, most: int) -> dict[str, Recipe]:
         minutes = self.config.minutes
         late = minutes is not None and time.perf_counter() - self.began > 60 * minutes
-        if late or self.asked_to_stop():
-            return {}
         begun: dict[str, Recipe] = {}
-        while len(begun) < most and self.drawn < self.config.trials:
-            self.drawn += 1
-            begun |= self._begin([self.study.ask()])
+        while len(begun) < most and not (late or self.asked_to_stop()):
+            if self.waiting:
+                begun |= self._begin(self.waiting.pop(0))
+            elif self.drawn < self.most:
+                self.drawn += 1
+                begun |= self._begin(self.study.ask())
+            else:
+                break
         return begun
 
-    def _begin(self, trials: list[TrialResult]) -> dict[str, Recipe]:
-        """Return the recipes of trials; one that can be none has failed."""
-        recipes = {}
-        for trial in trials:
-            self.training[trial.name] = trial
-            self.unsaid.append((trial.name, TrialBegun(trial)))
-            try:
-                recipes[trial.name] = self._recipe(trial)
-            except VeneerError as error:
-                self.unsaid.append(self._end(trial.name, "failed", why=str(error)))
-        return recipes
+    def _begin(self, trial: TrialResult) -> dict[str, Recipe]:
+        """Return the recipe of a trial by its name; one that can have none has failed."""
+        self.training[trial.name] = trial
+        self.unsaid.append((trial.name, TrialBegun(trial)))
+        try:
+            return {trial.name: self._recipe(trial)}
+        except VeneerError as error:
+            self.unsaid.append(self._end(trial.name, "failed", why=str(error)))
+            return {}
 
     def _recipe(self, trial: TrialResult) -> Recipe:
         recipe = with_values(self.recipe, trial.values)
@@ -234,7 +244,10 @@ class _Trials:
         if course.eval_every is None:
             steps = course.steps or self.steps_of(course.tokens_per_step, course.seed)
             course = replace(course, eval_every=math.ceil(steps / self.evaluations))
-        return replace(recipe, training=course, out=self.out / TRIALS / trial.name)
+        return replace(recipe, training=course, out=self._directory(trial))
+
+    def _directory(self, trial: TrialResult) -> Path:
+        return self.out / TRIALS / trial.name
 
     def _steps_of(self, tokens_per_step: int, seed: int) -> int:
         """Return the steps of a run with so many tokens in each."""
@@ -255,12 +268,21 @@ class _Trials:
 
     def take(self, name: str, event: Event) -> Iterator[tuple[str, Event]]:
         """Take what an event of a trial says, and yield what is to be known of it."""
-        yield from self.unsaid
-        self.unsaid.clear()
-        # What a trial is made ready with is that of all, which was said.
-        if name == ALL or not isinstance(event, DataReady | Encoding | ModelReady | Notice):
+        yield from self.late()
+        match event:
+            case Failed(DoesNotFit() as unfit) if len(self.training) > 1:
+                yield self._defer(name, unfit)
+                return
+        # What a trial is made ready with is that of all, which was said; but not how it trains.
+        if isinstance(event, Notice) and name in self.attached - {*self.steps}:
+            if event.text not in self.noticed:
+                yield name, event
+            self.noticed.add(event.text)
+        elif name == ALL or not isinstance(event, DataReady | Encoding | ModelReady | Notice):
             yield name, event
         match event:
+            case ModelReady():
+                self.attached.add(name)
             case Started(steps):
                 self.steps[name] = steps
             case Step() if self.study.speed_alone is None and len(self.training) == 1:
@@ -284,6 +306,18 @@ class _Trials:
             case Failed(error):
                 state: State = "pruned" if isinstance(error, DivergedError) else "failed"
                 yield self._end(name, state, why=str(error))
+
+    def late(self) -> Iterator[tuple[str, Event]]:
+        """Yield what is unsaid."""
+        yield from self.unsaid
+        self.unsaid.clear()
+
+    def _defer(self, name: str, error: DoesNotFit) -> tuple[str, Event]:
+        """Let a trial for which there is no memory begin when another has ended, and from now on no
+        more train at a time than do now."""
+        self.waiting.append(self.training.pop(name))
+        self.together = len(self.training)
+        return ALL, Notice(f"No more than {self.together} trials train at a time: {error}")
 
     def _time(self, step: Step) -> None:
         """Time the first steps of a trial that is alone."""
@@ -311,7 +345,7 @@ class _Trials:
         del self.training[name]
         self.leaving.discard(name)
         self.study.end(trial)
-        run = RunDirectory(self.out / TRIALS / name)
+        run = RunDirectory(self._directory(trial))
         for directory in (run.checkpoints, run.adapter()):
             shutil.rmtree(directory, ignore_errors=True)
         self._note_seconds()
@@ -319,7 +353,7 @@ class _Trials:
 
     def _counted(self, name: str) -> TrialResult:
         """Return a trial with the steps and tokens that it has learnt from by its metrics."""
-        lines = RunDirectory(self.out / TRIALS / name).read_metrics()
+        lines = RunDirectory(self._directory(self.training[name])).read_metrics()
         steps = [line for line in lines if "loss" in line]
         return replace(
             self.training[name],
@@ -345,28 +379,3 @@ class _Trials:
         )
         data = str(recipe.settings()["data"])
         return SearchResult(recipe.model, data, ranked(trials), cost)
-
-
-def _checked_values(recipe: Recipe, space: Space, *, ignore_space: bool) -> Preflight:
-    """Check the recipe before its base is loaded, with each of the values that it may have."""
-    recipe = replace(recipe, out=recipe.out / TRIALS / "000")
-    checks = Checks("There can be no such search")
-
-    def checked(values: dict[str, object], beside: Preflight | None) -> Preflight | None:
-        with checks.check():
-            return preflight(
-                with_values(recipe, values),
-                resume=False,
-                force=True,  # of the trials before, which are asked for by their search
-                ignore_space=ignore_space,
-                beside=beside,
-            )
-        return None
-
-    ahead = checked({}, None)
-    for name, each in space.items():
-        for value in each.bounds if ahead and isinstance(each, Values) else ():
-            checked({name: value}, ahead)
-    checks.end()
-    assert ahead is not None
-    return ahead

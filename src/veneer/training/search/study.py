@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from sqlite3 import connect
 from typing import TYPE_CHECKING, Any, Literal
 
 from veneer.errors import ConfigError, VeneerError, joined
+from veneer.files import storage_error
 from veneer.training.search.config import SearchConfig
 from veneer.training.search.result import State, TrialResult
 from veneer.training.search.space import Range, Space, Value, Values
@@ -29,6 +31,24 @@ AT_RANDOM = 10  # trials, at most, of which the sampler learns before it chooses
 FIRST, SECOND = 100 // MEASUREMENTS, 100 // KEEP_ONE_OF
 # Attributes of the study, and of its trials.
 SETTINGS, SPEED, SECONDS, STEPS = "settings", "tokens a second alone", "seconds", "steps"
+
+
+@contextmanager
+def study_errors(path: Path) -> Iterator[None]:
+    """In this context errors of a study's file, which a full disk or another program that holds it
+    brings about, are VeneerErrors."""
+    try:
+        yield
+    except Exception as error:
+        # Optuna's have SQLAlchemy's as their causes, and no words about what happened.
+        if type(error).__module__.partition(".")[0] not in ("optuna", "sqlalchemy", "sqlite3"):
+            raise
+        cause = error.__cause__ or error
+        why = str(cause).partition("\n")[0]
+        raise storage_error(cause, path) or VeneerError(
+            f"{path} cannot be used as a study: {why}. Go on with the same command and --resume, "
+            "or start anew by --force."
+        ) from error
 
 
 class SearchStudy:
@@ -59,7 +79,7 @@ class SearchStudy:
             )
         except Exception as error:  # SQLAlchemy's, of many kinds
             why = str(error).partition("\n")[0]
-            raise VeneerError(
+            raise storage_error(error.__cause__ or error, path) or VeneerError(
                 f"{path} cannot be opened as a study: {why}. Start anew by --force, or "
                 "name another --out."
             ) from error
@@ -114,8 +134,14 @@ class SearchStudy:
             )
 
     def first(self, values: Mapping[str, Value]) -> None:
-        """Let the first trial have these values."""
+        """Let a trial have these values, before others are drawn, unless one has had them."""
         self.study.enqueue_trial(dict(values), skip_if_exists=True)
+
+    @property
+    def enqueued(self) -> int:
+        """The trials whose values are known and that have not been asked for."""
+        waiting = self._optuna.trial.TrialState.WAITING
+        return sum(trial.state == waiting for trial in self.study.get_trials(deepcopy=False))
 
     def ask(self) -> TrialResult:
         """Return a new trial, with its values."""
