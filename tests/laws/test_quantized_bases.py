@@ -11,9 +11,12 @@ from support.random_adapters import distance, examples, ids, logits, shake
 from support.tiny_models import ARCHITECTURES, quantized, source, tiny
 from veneer.data.packing import pack
 from veneer.fused.forward import choose_forward
+from veneer.generate.runners.choice import runner_for
+from veneer.generate.runners.runner import Chunk
 from veneer.models.fingerprint import fingerprint, parameter_count
 from veneer.models.quantize import quantized_model
 from veneer.quant.weight import QuantizedWeight, quantized_layers
+from veneer.training.events import Step
 
 BITS = [4, 8]
 ROWS = examples([17, 5, 30, 12, 24])
@@ -86,3 +89,23 @@ def test_a_quantized_head_is_dequantized_for_its_products_alone(monkeypatch):
     )
     chosen(model, pack(ROWS, range(len(ROWS)))).backward()
     assert not whole  # products take some rows at a time
+
+
+def test_no_whole_weight_is_dequantized(monkeypatch):
+    """The head of a large vocabulary takes gigabytes: to ask for its shape or dtype makes none."""
+    model, whole = quantized("qwen2", head=True), []
+    dequantize = QuantizedWeight.dequantize
+
+    def noted(weight: QuantizedWeight) -> torch.Tensor:
+        whole.append(tuple(weight.shape))
+        return dequantize(weight)
+
+    monkeypatch.setattr(QuantizedWeight, "dequantize", noted)
+    runner, _ = runner_for(model, 1, 64)
+    assert runner.step([Chunk(0, [1, 2, 3], 0, None, logits=1)]).isfinite().all()
+    jobs = dict.fromkeys(["one", "other"], veneer.Job(ROWS, veneer.TrainConfig(steps=1)))
+    for name in jobs:
+        veneer.attach(model, veneer.LoRA(rank=2, targets=["all", "lm_head"]), name=name)
+    ends = [event for _, event in veneer.train_many(model, jobs) if isinstance(event, Step)]
+    assert len(ends) == 2
+    assert whole == []

@@ -23,6 +23,7 @@ from veneer.adapter.config import LoRA
 from veneer.errors import AdapterError, ConfigError, joined, listed
 from veneer.models.blocks import decoder_of
 from veneer.models.description import Layer
+from veneer.quant.weight import kept_weight
 
 STATE = "veneer_invoked"  # of a KV cache: on which of its rows each adapter acts already
 
@@ -64,7 +65,7 @@ def invocation_problems(model: nn.Module, config: LoRA, targets: Sequence[Layer]
     if not hasattr(embedding, "weight"):
         return ["an invocation is for models that read tokens"]
     problems = []
-    vocab = embedding.weight.shape[0]
+    vocab = kept_weight(embedding).shape[0]
     tokens = () if isinstance(config.invocation, str) else config.invocation_tokens
     if beyond := [token for token in tokens if token >= vocab]:
         problems.append(

@@ -18,7 +18,7 @@ from veneer.lowrank.formula import merged_weight, updated_norms
 from veneer.lowrank.group import Masks
 from veneer.lowrank.masters import Masters
 from veneer.lowrank.update import LowRankUpdate, mixed
-from veneer.quant.weight import QuantizedLinear, QuantizedWeight, row_squares
+from veneer.quant.weight import QuantizedLinear, QuantizedWeight, kept_weight, row_squares
 
 
 class AdaptedLayer(Adapted, Wrapper):
@@ -31,25 +31,20 @@ class AdaptedLayer(Adapted, Wrapper):
 
     @property
     def base_weight(self) -> Tensor | QuantizedWeight:
-        if isinstance(self.original, QuantizedLinear):
-            return self.original.quantized_weight
-        weight: Tensor = self.original.weight  # type: ignore[assignment]
-        return self.oriented(weight)
+        weight = kept_weight(self.original)
+        return weight if isinstance(weight, QuantizedWeight) else self.oriented(weight)
 
     @property
     def shape(self) -> torch.Size:
-        if isinstance(self.original, QuantizedLinear):
-            return self.original.quantized_weight.shape
+        weight = kept_weight(self.original)
+        if isinstance(weight, QuantizedWeight):
+            return weight.shape
         # Of a sharded weight that is not whole there is no view, and so no transposed one.
-        weight: Tensor = self.original.weight  # type: ignore[assignment]
         return self.oriented(torch.empty(weight.shape, device="meta")).shape
 
     @property
     def device(self) -> torch.device:
-        if isinstance(self.original, QuantizedLinear):
-            return self.original.quantized_weight.device
-        weight: Tensor = self.original.weight  # type: ignore[assignment]
-        return weight.device
+        return kept_weight(self.original).device
 
     @property
     def compute_dtype(self) -> torch.dtype:

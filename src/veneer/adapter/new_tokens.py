@@ -21,7 +21,7 @@ from veneer.data.words import count_words
 from veneer.errors import ConfigError, ModelError, deprecated
 from veneer.models.block_buffers import whole
 from veneer.quant.embedding import QuantizedEmbedding
-from veneer.quant.weight import QuantizedLinear
+from veneer.quant.weight import QuantizedLinear, kept_weight
 
 
 class NewTokenEmbedding(Wrapper):
@@ -134,7 +134,7 @@ def add_tokens(
     pieces = [_pieces(word, tokenizer) for word in words]
     start = len(tokenizer)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if embedding is None or head is None or start > len(embedding.weight):  # type: ignore[arg-type]
+    if embedding is None or head is None or start > kept_weight(embedding).shape[0]:
         raise ModelError("New words need a model with an embedding and a head for every token.")
     if isinstance(embedding, QuantizedEmbedding):
         raise ModelError("New words need an embedding that is not quantized.")

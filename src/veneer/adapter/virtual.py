@@ -21,6 +21,7 @@ from veneer.adapter.virtual_context import context_left
 from veneer.errors import ConfigError
 from veneer.models.blocks import decoder_of
 from veneer.models.evaluating import evaluating
+from veneer.quant.weight import kept_weight
 
 # Virtual tokens start as tokens drawn from the vocabulary's first, which in a tokenizer's order of
 # merges are the most common (Lester et al. 2021, section 3.2, draw from 5,000 too).
@@ -95,7 +96,7 @@ def new_virtual_tokens(
     count = _checked_count(model, config)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     embedding: Any = model.get_input_embeddings()
-    common = min(COMMON_TOKENS, len(embedding.weight))
+    common = min(COMMON_TOKENS, kept_weight(embedding).shape[0])
     ids = torch.randint(common, (count,), generator=generator)
     if config.prompt_text is not None:
         ids = _tokens(config.prompt_text, count, tokenizer)
@@ -123,7 +124,7 @@ def virtual_shape(model: PreTrainedModel, config: Method) -> tuple[int, ...]:
     count = _checked_count(model, config)
     if config.method == "prompt":
         embedding: Any = model.get_input_embeddings()
-        return (count, embedding.weight.shape[1])
+        return (count, kept_weight(embedding).shape[1])
     layers, two, heads, _, dim = keys_values(model, torch.zeros(1, dtype=torch.long)).shape
     return (layers, two, heads, count, dim)
 

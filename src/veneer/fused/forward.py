@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from veneer.adapter.parameters import experts_of
 from veneer.adapter.virtual_forward import virtual_input_count, virtual_tokens_of
+from veneer.adapter.wrapper import unwrapped
 from veneer.data.encode import Example
 from veneer.data.packing import Batch, filled_up, pack, sharing_prompts
 from veneer.fused.dealt import RotaryOfAll, length_dependent_rotaries, refuse_undealt
@@ -51,6 +52,7 @@ from veneer.models.blocks import decoder_layers, decoder_of
 from veneer.models.evaluating import evaluating
 from veneer.models.sharded import is_shared
 from veneer.processes.context import ContextGroup
+from veneer.quant.weight import kept_weight
 
 PROBE_LENGTHS = (7, 19, 12)
 # Of mixtures, which may be larger than the memory: each token more makes a pass read more experts.
@@ -254,10 +256,9 @@ def choose_forward(
         why_not_shares: str | None = "rows are not packed"
         if answer_one_prompt and not why_not_packed and context is None:
             packed = Forward(True, head, layers, experts=experts, tokens_step=step)
-            why_not_shares = why_not_shared(
-                *(model, partial(packed.losses, model), rows[-1].tokens),
-                tolerance=TOLERANCE[_head_dtype(model)],
-            )
+            losses_of_batch = partial(packed.losses, model)
+            tokens, tolerance = rows[-1].tokens, _tolerance(model)
+            why_not_shares = why_not_shared(model, losses_of_batch, tokens, tolerance=tolerance)
         with_padding = Forward(False, head, experts=experts)
         why_not_padded = why_not_packed and _why_not(with_padding, model, rows, expected)
         if context is not None:
@@ -269,7 +270,7 @@ def choose_forward(
                 why_not_packed=why_not_packed,
                 loss=lambda: dealt(model, pack(rows, range(len(rows)))),
                 own=expected,
-                tolerance=TOLERANCE[_head_dtype(model)],
+                tolerance=_tolerance(model),
             )
     notices = []
     if why_not_padded:
@@ -348,7 +349,7 @@ def _why_not(
     try:
         with _hidden_states(model) as outputs:
             loss = float(forward(model, pack(rows, order)))
-            if not abs(loss - own) <= TOLERANCE[_head_dtype(model)] * abs(own):
+            if not abs(loss - own) <= _tolerance(model) * abs(own):
                 return f"its loss of {loss:.6g} differs from the model's own {own:.6g}"
             if forward.packed:
                 forward(model, pack(rows, order[::-1]))
@@ -357,10 +358,9 @@ def _why_not(
     return _why_apart(outputs, [len(row.tokens) for row in rows]) if len(outputs) == 2 else None
 
 
-def _head_dtype(model: PreTrainedModel) -> torch.dtype:
-    """Return the dtype in which a model makes its logits."""
-    head: Any = model.get_output_embeddings()
-    return head.weight.dtype
+def _tolerance(model: PreTrainedModel) -> float:
+    """Return how far apart, of themselves, two ways' losses may be: by the dtype of logits."""
+    return TOLERANCE[kept_weight(unwrapped(model.get_output_embeddings())).dtype]
 
 
 def _why_apart(outputs: Sequence[Tensor], lengths: Sequence[int]) -> str | None:

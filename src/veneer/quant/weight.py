@@ -98,6 +98,15 @@ class QuantizedWeight(ABC):
         return self
 
 
+def kept_weight(layer: Any) -> Tensor | QuantizedWeight:
+    """Return a layer's weight as the layer keeps it, which has its shape, dtype and device.
+
+    `layer.weight` has them too, but of a quantized layer it is dequantized whole at each access.
+    """
+    quantized: QuantizedWeight | None = getattr(layer, "quantized_weight", None)
+    return layer.weight if quantized is None else quantized
+
+
 def dense(weight: Tensor | QuantizedWeight) -> Tensor:
     """Return a weight that may be quantized as a tensor."""
     return weight.dequantize() if isinstance(weight, QuantizedWeight) else weight

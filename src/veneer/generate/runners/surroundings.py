@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from veneer.adapter.own_rows import acting, padded
+from veneer.adapter.wrapper import unwrapped
 from veneer.fused.analyse import is_linear
 from veneer.fused.head import Head
 from veneer.fused.layers import FusedLayer
@@ -36,6 +37,7 @@ from veneer.kernels.norm import Norm
 from veneer.kernels.rotary import Rotary
 from veneer.lowrank.update import RowUpdates
 from veneer.models.blocks import decoder_of
+from veneer.quant.weight import kept_weight
 
 POSITIONS = 1024  # whose angles are computed at once
 Adapters = Sequence[LoadedAdapter | None]  # of each token
@@ -140,7 +142,7 @@ class Surroundings:
         return z
 
     def _one_by_one(self, x: Tensor, adapters: Adapters) -> Tensor:
-        vocab = self.model.get_output_embeddings().weight.shape[0]
+        vocab = kept_weight(unwrapped(self.model.get_output_embeddings())).shape[0]
         z = torch.empty(len(x), vocab, dtype=torch.float32)
         for row, adapter in enumerate(adapters):
             # Own rows of the head come later.
