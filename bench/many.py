@@ -1,16 +1,18 @@
-"""Several jobs over one base, trained together, one after another, and one after another by PEFT.
+r"""Several jobs over one base, trained together, one after another, and one after another by PEFT.
 
 python -m bench.many --data e2e/train.jsonl --jobs 8 --model smollm2-135m
-python -m bench.many --data e2e/train.jsonl --mapped 8 --tokens 64 --recompute full --ways ...
+python -m bench.many --data rows.jsonl --mapped 40 --tokens 64 --steps 1 --recompute full \
+    --ranks 8 --targets q_proj v_proj --dtype float32 --ways "together,one after another"
 
-Each job has a rank of its own (4 to 64) on all linear layers, rows of its own, and the same number
-of steps. What is timed begins with the first step and ends with the last, of each run; each way
-runs in a process of its own, one after another, as often as --rounds says. The processor's time is
-given beside the clock's, for where others compute too.
+Each job has a rank of its own (4 to 64, or --ranks) on all linear layers (or --targets), rows of
+its own, and the same number of steps. What is timed begins with the first step and ends with the
+last, of each run; each way runs in a process of its own, one after another, as often as --rounds
+says. The processor's time is given beside the clock's, for where others compute too.
 
 --mapped: so many layers of a 13B model's shape, of 40, random and in NF4, in files that are written
 to --place and deleted; each way has a third of their size as its memory, page cache and all (root
 on Linux, for a control group). Fewer layers than all have beside it what Python and torch take.
+Adapters of 8 jobs with ranks to 64 on all layers, and their moments, are larger than that third.
 """
 
 from __future__ import annotations
@@ -89,14 +91,18 @@ def course(asked: argparse.Namespace, job: int) -> veneer.TrainConfig:
     )
 
 
-def lora(job: int) -> veneer.LoRA:
-    return veneer.LoRA(rank=RANKS[job % len(RANKS)], targets="all")
+def rank(asked: argparse.Namespace, job: int) -> int:
+    return asked.ranks[job % len(asked.ranks)]
+
+
+def lora(asked: argparse.Namespace, job: int) -> veneer.LoRA:
+    return veneer.LoRA(rank=rank(asked, job), targets=asked.targets)
 
 
 def together(base: veneer.Base, rows: Sequence[list[Example]], asked: argparse.Namespace) -> Clock:
     jobs = {}
     for number, own in enumerate(rows):
-        veneer.attach(base.model, lora(number), name=f"job-{number}", seed=number)
+        veneer.attach(base.model, lora(asked, number), name=f"job-{number}", seed=number)
         jobs[f"job-{number}"] = veneer.Job(own, course(asked, number))
     clock = Clock()
     for _, event in veneer.train_many(base.model, jobs, tokens_per_pass=asked.tokens_per_pass):
@@ -109,7 +115,7 @@ def one_after_another(
 ) -> Clock:
     clock = Clock()
     for number, own in enumerate(rows):
-        veneer.attach(base.model, lora(number), seed=number)
+        veneer.attach(base.model, lora(asked, number), seed=number)
         for event in veneer.train(base.model, own, course(asked, number)):
             clock.take(event)
         veneer.detach(base.model)
@@ -122,7 +128,7 @@ def peft(base: veneer.Base, rows: Sequence[list[Example]], asked: argparse.Names
 
     clock, model = Clock(), base.model
     for number, own in enumerate(rows):
-        config = LoraConfig(r=RANKS[number % len(RANKS)], target_modules=LINEAR)
+        config = LoraConfig(r=rank(asked, number), target_modules=list(asked.targets))
         adapted = get_peft_model(model, config)
         weights = [weight for weight in adapted.parameters() if weight.requires_grad]
         optimizer = torch.optim.AdamW(weights, lr=LR, weight_decay=0.0, fused=True)
@@ -204,6 +210,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=500, help="of a step of a job")
     parser.add_argument("--tokens-per-pass", type=int, default=4096)
+    parser.add_argument("--ranks", type=int, nargs="+", default=RANKS, help="the jobs', in turn")
+    parser.add_argument("--targets", nargs="+", default=LINEAR)
     parser.add_argument("--dtype", default="bf16", choices=("bf16", "float32"))
     parser.add_argument("--recompute", default="none")
     parser.add_argument("--mapped", type=int, default=0, metavar="LAYERS")

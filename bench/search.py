@@ -108,6 +108,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=get_args(Kind), default=["e2e", "demo"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", type=int, default=600)
+    parser.add_argument("--eval-rows", type=int, default=60)
     parser.add_argument("--trials", type=int, default=8, help="at random, one after another")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--tokens", type=int, default=500, help="of a step")
@@ -126,12 +127,13 @@ def main() -> None:
                 asked.model,
                 rows_of(kind, asked.rows, asked.out, asked.e2e),
                 training=veneer.TrainConfig(steps=asked.steps, tokens_per_step=asked.tokens),
-                rows=veneer.DataConfig(eval_rows=60),
+                rows=veneer.DataConfig(eval_rows=asked.eval_rows),
                 out=asked.out / "run",
             )
             both = {}
             for way in ("random", "search"):
-                key = [asked.model, kind, seed, asked.rows, asked.steps, asked.tokens, way]
+                sizes = asked.rows, asked.eval_rows, asked.steps, asked.tokens
+                key = [asked.model, kind, seed, *sizes, way]
                 if (name := json.dumps(key)) not in measured:
                     shutil.rmtree(recipe.out, ignore_errors=True)
                     measured[name] = (
