@@ -323,6 +323,17 @@ def test_a_trial_finds_losses_that_are_not_those_of_passes_alone(monkeypatch):
         assert all("differs from" in why for why in reasons.values())
 
 
+def test_a_trial_takes_two_adapters_of_each_kind():
+    model, passes = tiny("llama"), []
+    configs = [veneer.LoRA(rank=rank, dora=dora) for rank in (1, 2, 8) for dora in (False, True)]
+    for number, config in enumerate(configs):
+        veneer.attach(model, config, name=str(number))
+    forward, _ = choose_forward(model, ROWS)
+    model.model.register_forward_hook(lambda *_: passes.append(1))
+    assert why_alone(forward, model, list(map(str, range(len(configs)))), ROWS) == {}
+    assert len(passes) == 4 + 2  # each alone; all together; and one that looks for random numbers
+
+
 def test_an_embedding_reads_the_tokens_of_a_batch_in_any_shape():
     model = shake(with_two("llama", targets="embed_tokens"))
     embedding, ids = model.get_input_embeddings(), torch.tensor([3, 5, 7, 5])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
@@ -96,8 +96,21 @@ def why_alone(
     elif new_tokens_of(model) is not None:
         why_none = "the base has new tokens"
     else:
-        why_none = _why_not_together(forward, model, sharing, rows) if len(sharing) > 1 else None
+        tried = _two_of_each_kind(model, sharing)
+        why_none = _why_not_together(forward, model, tried, rows) if len(tried) > 1 else None
     return reasons | (dict.fromkeys(sharing, why_none) if why_none else {})
+
+
+def _two_of_each_kind(model: PreTrainedModel, names: Sequence[str]) -> list[str]:
+    """Return at most two adapters of each kind: those of a kind differ in ranks and other numbers,
+    and the same functions compute them. A mapped base is read from disk at each pass of a trial."""
+    configs = active_adapters_of(model).configs
+    kinds: dict[tuple[Any, ...], list[str]] = {}
+    for name in names:
+        values = asdict(configs[name]).values()
+        kind = (bool(each) if isinstance(each, int | float) else str(each) for each in values)
+        kinds.setdefault((type(configs[name]), *kind), []).append(name)
+    return [name for alike in kinds.values() for name in alike[:2]]
 
 
 def _why_not_together(
