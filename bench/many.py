@@ -2,7 +2,7 @@ r"""Several jobs over one base, trained together, one after another, and one aft
 
 python -m bench.many --data e2e/train.jsonl --jobs 8 --model smollm2-135m
 python -m bench.many --data rows.jsonl --mapped 40 --tokens 64 --steps 1 --recompute full \
-    --ranks 8 --targets q_proj v_proj --dtype float32 --ways "together,one after another"
+    --ranks 4 --targets q_proj v_proj --dtype float32 --alone 2 --ways "together,one after another"
 
 Each job has a rank of its own (4 to 64, or --ranks) on all linear layers (or --targets), rows of
 its own, and the same number of steps. What is timed begins with the first step and ends with the
@@ -183,6 +183,8 @@ def measure(asked: argparse.Namespace) -> dict[str, float]:
     base = base_of(asked)
     examples, _ = load_examples(asked.data, base.tokenizer)
     rows = [examples[number :: asked.jobs] for number in range(asked.jobs)]
+    if asked.way != "together":
+        rows = rows[: asked.alone]
     weights = sum(weight.nbytes for weight in base.model.parameters())
     begin_measuring()
     way = {"together": together, "one after another": one_after_another, "peft": peft}[asked.way]
@@ -207,6 +209,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--jobs", type=int, default=8)
+    parser.add_argument("--alone", type=int, help="jobs that train one after another; all if not")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=500, help="of a step of a job")
     parser.add_argument("--tokens-per-pass", type=int, default=4096)
@@ -247,7 +250,8 @@ def main() -> None:
         cells = []
         for clock in ("tokens", "of processor"):
             rate = statistics.median(run[clock] for run in runs)
-            cells += [f"{rate:,.0f}", f"{of_first.setdefault(clock, rate) / rate:.2f} x"]
+            shown = f"{rate:,.{0 if rate >= 10 else 2}f}"
+            cells += [shown, f"{of_first.setdefault(clock, rate) / rate:.2f} x"]
         above = max(run["above"] for run in runs) / 1e9
         print(f"| {way} | {' | '.join(cells)} | {above:.2f} GB |")
 
