@@ -81,9 +81,10 @@ docs: $(READY)
 	$(SITE)
 	@echo "Look at it: $(BIN)/python -m http.server --directory dist/site 8001, then http://127.0.0.1:8001"
 
-wheel: $(READY)
-	rm -f dist/*.whl
-	HATCH_BUILD_HOOKS_ENABLE=true $(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
+# Without .venv: whoever wants a wheel alone needs none of its gigabytes.
+wheel:
+	rm -rf dist/*.whl dist/wheel && $(PYTHON) -m venv dist/wheel
+	HATCH_BUILD_HOOKS_ENABLE=true dist/wheel/bin/python -m pip wheel --no-deps --wheel-dir dist .
 
 proof-wheel: wheel
 	tools/proof_wheel.sh dist/*.whl

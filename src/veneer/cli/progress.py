@@ -6,11 +6,10 @@ import time
 from collections import deque
 
 from rich.markup import escape
-from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from veneer.cli.console import OUTPUT, Pace, bytes_text, show_notice, show_saved
+from veneer.cli.console import OUTPUT, Pace, between_words, bytes_text, show_notice, show_saved
 from veneer.cli.tables import merge_lines, plan_summary, quantized_summary, target_summary
 from veneer.training.events import (
     Checkpointed,
@@ -37,6 +36,7 @@ from veneer.training.events import (
 LOST_MUCH = 0.01  # of all tokens; a larger share is shown in red
 COLOURS = {"learnt": "green", "hardly learnt": "yellow", "overfitted": "yellow", "diverged": "red"}
 SHOWN_EXAMPLE = 1200  # characters of the example that are shown
+INDENT = " " * 4  # before each of its lines
 
 
 class RunDisplay:
@@ -215,7 +215,11 @@ class RunDisplay:
             example.append(text, style="bold green" if trained else "dim")
         if len(example) > SHOWN_EXAMPLE:
             example = example[:SHOWN_EXAMPLE] + Text(" ...")
-        OUTPUT.print(Padding(example, (0, 0, 0, 4)))
+        example.rstrip()
+        # A line is whole in a file, and none has blanks at its end.
+        width = OUTPUT.width - len(INDENT) if OUTPUT.animates else len(example)
+        for line in between_words(example, width).split():
+            OUTPUT.print(Text(INDENT).append_text(line), soft_wrap=True)
 
     def _start(self, steps: int, done: int) -> None:
         self.steps, self.done, self.began = steps, done, time.monotonic()
