@@ -2,7 +2,7 @@
 
 from veneer.cli.progress import RunDisplay
 from veneer.errors import share_text
-from veneer.training.events import Measured, Started, Trained
+from veneer.training.events import Measured, Started, Step, Trained
 
 
 def test_ranks_that_no_layer_can_have_are_remarked(shown, minigpt_home, data, tmp_path):
@@ -37,6 +37,14 @@ def test_a_resumed_run_counts_its_own_steps(capsys):
     display.show(Started(40, 0))
     display.show(Trained(40, 40))
     assert "Trained 40 steps in" in capsys.readouterr().out
+
+
+def test_what_is_left_of_a_long_run_is_in_hours(capsys):
+    for seconds, says in ((0.2, "40 s left"), (2, "6 min 38 s left"), (140, "7 h 44 min left")):
+        display = RunDisplay()
+        display.show(Started(200, 0))
+        display.show(Step(1, 1.0, 1e-3, 64, 32, seconds, 10**6))
+        assert says in capsys.readouterr().out
 
 
 def test_memory_is_told_beside_its_plan(capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -278,7 +279,10 @@ def listen(config: ServeConfig) -> socket.socket:
         listener.bind((config.host, config.port))
         return listener
     except OSError as error:
-        raise VeneerError(f"Cannot listen on {config.host}:{config.port}: {error}.") from error
+        taken = error.errno == errno.EADDRINUSE
+        way = " Another program has that port; name a free one by --port." if taken else ""
+        why = error.strerror or error
+        raise VeneerError(f"Cannot listen on {config.host}:{config.port}: {why}.{way}") from error
 
 
 class Ending:

@@ -188,7 +188,9 @@ def test_what_cannot_be_served_is_an_error(arguments, says, home, capsys):
 def test_a_port_in_use_is_an_error(process, home, capsys):
     port = process.url.rpartition(":")[2]
     assert run(["serve", str(home), "--port", port]) == 2
-    assert f"Cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"Cannot listen on 127.0.0.1:{port}: Address already in use." in error
+    assert "name a free one by --port" in error
 
 
 @pytest.mark.parametrize(
