@@ -69,6 +69,15 @@ def test_a_digit_that_is_no_number_is_no_base(monkeypatch, capsys):
     assert "no model here" in capsys.readouterr().err
 
 
+def test_a_mistyped_name_of_rows_is_answered_with_the_nearest(tmp_path, monkeypatch, capsys):
+    (tmp_path / "kites.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    answers = iter(["kitez.jsonl", "kites.jsonl"])
+    monkeypatch.setattr(guide, "_asked", lambda _: next(answers))
+    assert guide._data() == "kites.jsonl"
+    assert "There is no kitez.jsonl; did you mean 'kites.jsonl'?" in capsys.readouterr().err
+
+
 def test_nothing_that_is_there_is_replaced(tmp_path):
     assert _free(tmp_path / "rows.jsonl").name == "rows.jsonl"
     for name in ("rows.jsonl", "rows-2.jsonl"):

@@ -63,7 +63,7 @@ def test_all_mistakes_are_in_one_error(command, opening, says, refused):
     [
         ("tune", "MODEL is missing. Built-in name"),
         ("tune base", "DATA is missing. Rows to learn"),
-        ("convert base out", "--to is missing. Format"),
+        ("convert base out", "--to is missing. Format to write: native, peft, "),
         ("generate", "Give either a PROMPT or --prompts FILE."),
         ("generate hi", "MODEL is missing: veneer generate MODEL hi."),
         ("generate base", "PROMPT is missing: veneer generate base PROMPT"),

@@ -267,6 +267,8 @@ def _explained(error: Exception, arguments: Sequence[str]) -> Exception:
         if argument.field_info.is_positional:
             name = name.lstrip("-").replace("-", "_").upper()
         advice = f"{name} is missing. {(argument.parameter.help or '').rstrip('.')}"
+        if values := argument.get_choices():
+            advice += f": {', '.join(values)}"
     return ConfigError(f"{advice}.") if advice else error
 
 

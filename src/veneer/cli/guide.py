@@ -22,7 +22,7 @@ from veneer.cli.console import (
     show_command,
     show_error,
 )
-from veneer.errors import DataError, ModelError, VeneerError, joined
+from veneer.errors import DataError, ModelError, VeneerError, joined, nearest
 from veneer.files import write_text
 
 ROWS, OUT = Path("rows.jsonl"), Path("dist/guided")
@@ -150,7 +150,9 @@ def _data() -> str:
             return answer
         if (path := Path(answer).expanduser()).exists():
             return str(path)
-        show_error(DataError(f"There is no {answer}."))
+        beside = path.parent.iterdir() if path.parent.is_dir() else ()
+        close = nearest(path.name, [file.name for file in beside])
+        show_error(DataError(f"There is no {answer}{close}."))
 
 
 def _written() -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+from contextlib import suppress
 from pathlib import Path
 
-from veneer.errors import ModelError, nearest
+from veneer.errors import ModelError, closest, nearest
 from veneer.models import minigpt
 
 MINIGPT_HOME = Path("dist/minigpt")  # where `veneer pretrain` leaves its result
@@ -31,10 +32,22 @@ def locate(name: str | Path) -> Path | str:
         return _packaged_smollm2()
     if text.count("/") == 1 and not text.startswith((".", "/", "~")) and path.suffix != ".gguf":
         return text
+    close = nearest(text, BUILT_IN) or nearest_model(path)
     raise ModelError(
         f"{text!r} is no model here: no such directory or .gguf file, no built-in name "
-        f"({', '.join(BUILT_IN)}) and no hub name (owner/model){nearest(text, BUILT_IN)}."
+        f"({', '.join(BUILT_IN)}) and no hub name (owner/model){close}."
     )
+
+
+def nearest_model(missing: Path) -> str:
+    """Return "; did you mean 'x'?" for the model in the directory of `missing` whose name is most
+    like its, or nothing."""
+    models = []
+    with suppress(OSError):  # there is none, or it may not be read
+        beside = missing.parent.iterdir()
+        models = [p.name for p in beside if p.suffix == ".gguf" or (p / "config.json").is_file()]
+    close = closest(missing.name, models, likeness=0.7)
+    return f"; did you mean {str(missing.with_name(close))!r}?" if close else ""
 
 
 def _inside(path: Path) -> Path:

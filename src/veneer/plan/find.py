@@ -15,7 +15,7 @@ from veneer.errors import ModelError
 from veneer.models import gguf
 from veneer.models.description import describe
 from veneer.models.load import config_of, load_config, skeleton_of
-from veneer.models.locate import locate
+from veneer.models.locate import locate, nearest_model
 from veneer.plan.near_presets import near_presets
 from veneer.plan.presets import PRESETS
 from veneer.plan.sizes import Sizes
@@ -59,6 +59,7 @@ def find_config(name: str | Path) -> PretrainedConfig:
         return config_of(PRESETS[str(name)])
     near = near_presets(str(name))
     meant = f"did you mean {' or '.join(map(repr, near))}?" if near else ""
+    close = f"; {meant}" if meant else nearest_model(path)
     if str(name).count("/") == 1 and path.suffix not in (".gguf", ".json"):
         try:
             return load_config(name)
@@ -67,7 +68,7 @@ def find_config(name: str | Path) -> PretrainedConfig:
             raise ModelError(f"{error}{hint}") from error
     raise ModelError(
         f"{str(name)!r} is no model here: there is no such directory or file, no such preset, and "
-        f"a hub name is owner/model{f'; {meant}' if meant else '.'} Presets are\n{_presets()}."
+        f"a hub name is owner/model{close or '.'} Presets are\n{_presets()}."
     )
 
 
