@@ -1,8 +1,9 @@
 """What a run says of settings that are legal but hardly meant, and of its own course."""
 
 from veneer.cli.progress import RunDisplay
+from veneer.data.columns import summarize
 from veneer.errors import share_text
-from veneer.training.events import Measured, Started, Step, Trained
+from veneer.training.events import DataReady, Measured, Started, Step, Trained
 
 
 def test_ranks_that_no_layer_can_have_are_remarked(shown, minigpt_home, data, tmp_path):
@@ -37,6 +38,14 @@ def test_a_resumed_run_counts_its_own_steps(capsys):
     display.show(Started(40, 0))
     display.show(Trained(40, 40))
     assert "Trained 40 steps in" in capsys.readouterr().out
+
+
+def test_in_a_file_the_first_row_has_its_own_lines(capsys):
+    words = "You are a helpful assistant, and this line is longer than a terminal has columns: 80."
+    row = [(f"{words}\n\n", False), ("A knot.", True), ("\n", False)]
+    RunDisplay().show(DataReady(summarize([]), None, 0, row))
+    printed = capsys.readouterr().out
+    assert printed.endswith(f"in >> <<:\n    {words}\n\n    >>A knot.<<\n")
 
 
 def test_what_is_left_of_a_long_run_is_in_hours(capsys):

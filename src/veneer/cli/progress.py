@@ -219,7 +219,9 @@ class RunDisplay:
         # A line is whole in a file, and none has blanks at its end.
         width = OUTPUT.width - len(INDENT) if OUTPUT.animates else len(example)
         for line in between_words(example, width).split():
-            OUTPUT.print(Text(INDENT).append_text(line), soft_wrap=True)
+            indented = Text(INDENT).append_text(line)
+            indented.rstrip()
+            OUTPUT.print(indented, soft_wrap=True)
 
     def _start(self, steps: int, done: int) -> None:
         self.steps, self.done, self.began = steps, done, time.monotonic()
