@@ -234,7 +234,7 @@ def test_all_faults_are_named_at_once(place):
         ({"dropout": "some"}, "dropout"),
         ({"init": ["kaiming"]}, "init is"),
         ({"rslora": "no"}, "rslora"),
-        ({"targets": 5}, "int"),
+        ({"targets": 5}, "targets is (5,)"),
         ({"targets": [5]}, "targets"),
         ({"targets": []}, "targets is empty"),
         ({"targets": ["q_prj"]}, "did you mean 'q_proj'"),
