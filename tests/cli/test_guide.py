@@ -70,12 +70,15 @@ def test_a_digit_that_is_no_number_is_no_base(monkeypatch, capsys):
 
 
 def test_a_mistyped_name_of_rows_is_answered_with_the_nearest(tmp_path, monkeypatch, capsys):
-    (tmp_path / "kites.jsonl").touch()
+    for name in ("kites.jsonl", "kites.exe"):
+        (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)
-    answers = iter(["kitez.jsonl", "kites.jsonl"])
+    answers = iter(["kitez.jsonl", "kites.exe", "kites.jsonl"])
     monkeypatch.setattr(guide, "_asked", lambda _: next(answers))
     assert guide._data() == "kites.jsonl"
-    assert "There is no kitez.jsonl; did you mean 'kites.jsonl'?" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "kitez.jsonl does not exist; did you mean 'kites.jsonl'?" in error
+    assert "kites.exe is of an unknown kind" in error
 
 
 def test_nothing_that_is_there_is_replaced(tmp_path):

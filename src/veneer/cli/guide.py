@@ -22,7 +22,8 @@ from veneer.cli.console import (
     show_command,
     show_error,
 )
-from veneer.errors import DataError, ModelError, VeneerError, joined, nearest
+from veneer.data.sources import files_of
+from veneer.errors import DataError, ModelError, VeneerError, joined
 from veneer.files import write_text
 
 ROWS, OUT = Path("rows.jsonl"), Path("dist/guided")
@@ -148,11 +149,13 @@ def _data() -> str:
             return _written()
         if answer.startswith("hf:"):
             return answer
-        if (path := Path(answer).expanduser()).exists():
-            return str(path)
-        beside = path.parent.iterdir() if path.parent.is_dir() else ()
-        close = nearest(path.name, [file.name for file in beside])
-        show_error(DataError(f"There is no {answer}{close}."))
+        path = str(Path(answer).expanduser())
+        try:
+            files_of(path)
+        except VeneerError as error:
+            show_error(error)
+        else:
+            return path
 
 
 def _written() -> str:
