@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from support.browser import expect, fits, needs_chromium, opened, serious, texts
-from support.jobs import ROWS, lines, training
+from support.jobs import ROWS, client_of, lines, training, upload
 from support.random_adapters import tokenizer
 from support.server import ADMIN
 from support.tiny_models import tiny
@@ -124,6 +124,36 @@ def test_a_newcomer_trains_and_asks_the_result(browser, site, tmp_path):
         content = io.BytesIO(b"".join(zipped(site.jobs, job.id, format)))
         with zipfile.ZipFile(content) as archive:
             assert any(name.endswith(ending) for name in archive.namelist())
+
+
+def test_the_result_is_asked_though_the_job_ends_while_a_checkpoint_answers(browser, site):
+    site.wait.write_text("1")
+    client = client_of(site)
+    client.fine_tuning.jobs.create(model=site.jobs.served.name, training_file=upload(client).id)
+    held = []
+    with opened(browser, site.url, "light", allowed="status of 40") as page:
+
+        def hold(route):
+            if route.request.post_data_json["model"].endswith(".step-000001"):
+                held.append(route)
+            else:
+                route.continue_()
+
+        page.route("**/v1/chat/completions", hold)
+        page.get_by_role("link", name="Train").click()
+        give_key(page)
+        card = page.locator("#jobs .run")
+        card.filter(has_text="1 of 3").wait_for()
+        card.get_by_text("Answers as it learns").click()
+        samples = card.get_by_role("log")
+        with page.expect_request(lambda asked: ".step-000001" in (asked.post_data or "")):
+            pass
+        site.wait.unlink()
+        card.filter(has_text="succeeded").wait_for()
+        for route in held:
+            route.continue_()
+        after = [f"^step {step}\n" for step in (1, 2, 3)]
+        texts(samples.locator("article"), "^before: tiny\n", *after, "^the result\n")
 
 
 def test_who_has_no_admin_key_can_leave_the_question(browser, site):

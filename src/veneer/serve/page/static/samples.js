@@ -45,9 +45,10 @@ export function samplesOf(jobs, job) {
   }
 
   async function askWhatIsNew() {
+    const now = last; // a newer one may come while these models answer
     const { data } = await get(`${jobs}/${job.id}/checkpoints?limit=100`);
     const models = [[job.model, `before: ${job.model}`], ...data.reverse().map((each) => [each.fine_tuned_model_checkpoint, `step ${each.step_number}`])];
-    if (last.fine_tuned_model) models.push([last.fine_tuned_model, "the result"]);
+    if (now.fine_tuned_model) models.push([now.fine_tuned_model, "the result"]);
     for (const [model, label] of models.filter(([model]) => (tries.get(model) ?? 0) < TRIES)) {
       const mine = round;
       tries.set(model, (tries.get(model) ?? 0) + 1);
@@ -61,7 +62,7 @@ export function samplesOf(jobs, job) {
         throw error;
       }
     }
-    isDone = !GOING.includes(last.status) && models.every(([model]) => tries.get(model) === TRIES);
+    isDone = !GOING.includes(now.status) && models.every(([model]) => tries.get(model) === TRIES);
   }
 
   async function follow(now) {
