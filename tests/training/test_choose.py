@@ -84,11 +84,12 @@ def test_a_choice_is_explained_in_one_line_without_what_was_given():
     assert text == (
         "Chosen for 300 rows of 14,100 tokens and a hidden size of 576: 3 epochs of about 75 "
         "steps, at most 224 tokens a step, 15 rows held out (--eval-rows 0: none). "
-        "How: docs/training.md"
+        "How: the page Training of the documentation"
     )
     steps = veneer.TrainConfig(steps=9, tokens_per_step=64)
     text = explain(steps, chosen([5], steps=9, tokens_per_step=64), [5], hidden_size=None)
-    assert text == "Chosen for 1 row of 5 tokens: learning rate 0.0013. How: docs/training.md"
+    how = "How: the page Training of the documentation"
+    assert text == f"Chosen for 1 row of 5 tokens: learning rate 0.0013. {how}"
 
 
 def test_a_run_from_python_chooses_too():

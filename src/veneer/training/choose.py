@@ -168,7 +168,7 @@ def explain(
     width = f" and a hidden size of {hidden_size:,}" if hidden_size else ""
     return (
         f"Chosen for {rows} of {_total(lengths):,} tokens{width}: {', '.join(choices)}. "
-        "How: docs/training.md"
+        "How: the page Training of the documentation"
     )
 
 
