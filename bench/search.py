@@ -86,13 +86,12 @@ def at_random(recipe: veneer.Recipe, count: int, seed: int) -> dict[str, Any]:
     return {"loss": taken.loss, "seconds": taken.seconds, "trials": len(taken.ended)}
 
 
-def searched(recipe: veneer.Recipe, seconds: float, seed: int) -> dict[str, Any]:
+def searched(recipe: veneer.Recipe, seconds: float) -> dict[str, Any]:
     """Search for as long, and return what is found by then."""
     taken = Taken()
-    own = replace(recipe, training=replace(recipe.training, seed=seed))
     config = veneer.SearchConfig(trials=TRIALS, together=TOGETHER)
     result = None
-    events = veneer.search(own, OVER, config, should_stop=lambda: taken.seconds >= seconds)
+    events = veneer.search(recipe, OVER, config, should_stop=lambda: taken.seconds >= seconds)
     for name, event in events:
         taken.take(name, event)
         result = event
@@ -126,7 +125,9 @@ def main() -> None:
             recipe = veneer.Recipe(
                 asked.model,
                 rows_of(kind, asked.rows, asked.out, asked.e2e),
-                training=veneer.TrainConfig(steps=asked.steps, tokens_per_step=asked.tokens),
+                training=veneer.TrainConfig(  # the seed chooses the rows held out, for both ways
+                    steps=asked.steps, tokens_per_step=asked.tokens, seed=seed
+                ),
                 rows=veneer.DataConfig(eval_rows=asked.eval_rows),
                 out=asked.out / "run",
             )
@@ -139,7 +140,7 @@ def main() -> None:
                     measured[name] = (
                         at_random(recipe, asked.trials, seed)
                         if way == "random"
-                        else searched(recipe, both["random"]["seconds"], seed)
+                        else searched(recipe, both["random"]["seconds"])
                     )
                     with results.open("a") as file:
                         file.write(json.dumps({"run": key, "measured": measured[name]}) + "\n")
