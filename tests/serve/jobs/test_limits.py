@@ -131,6 +131,7 @@ def test_the_time_that_is_left_outlives_a_pause(tmp_path):
         until_step(client, job.id, 1)
         client.fine_tuning.jobs.pause(job.id)
         eventually(lambda: jobs.store.events(job.id, limit=1, kind="stopped"))
+        jobs.supervisor.close()  # it counts seconds of its own
         jobs.store.change(job.id, seconds=100.0)
         assert jobs.resume(job.id).seconds == 100.0
         running, now = replace(jobs.job(job.id), status="running", step=1, steps=3), time.time()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import suppress
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from veneer.errors import AdapterError
 from veneer.run_directory import RunDirectory, checkpoint_steps
 from veneer.serve.engine.served import Served
 from veneer.serve.jobs.values import Job, Places
+
+log = logging.getLogger("veneer.serve")
 
 
 class Publisher:
@@ -44,6 +47,9 @@ class Publisher:
             if entry is not None:
                 library.refuse(entry, str(error))
             return str(error)
+        except Exception as error:  # for want of memory, perhaps: that of one job harms no other
+            log.exception("The result of %s could not be loaded.", job.id)
+            return f"loading it ended in {type(error).__name__}: {error}; a request tries again"
         return ""
 
     def checkpoints(self, job: Job) -> dict[str, Path]:

@@ -163,7 +163,11 @@ class Supervisor:
         job, end = self.store.job(watched.id), watched.end
         assert job is not None
         if end is not None and end.how == "succeeded" and job.status != "cancelled":
-            self._succeed(job)
+            try:
+                self._succeed(job)
+            except (OSError, StorageError) as error:  # such as a full disk; the others go on
+                log.exception("The end of %s could not be noted.", job.id)
+                self._fail(job.id, Fault("server_error", f"The server failed: {error}"))
         elif job.status != "running":  # cancelled or paused, as it was asked
             self.publish(job, result=False)
         elif watched.limit is not None:
