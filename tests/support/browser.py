@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from support.server import ADMIN
 from support.waiting import PATIENCE, eventually
 
 CHROMIUM = (
@@ -82,6 +83,12 @@ def texts(locator: Any, *patterns: str) -> list[str]:
         return len(seen) == len(patterns) and all(map(re.search, patterns, seen))
 
     return eventually(lambda: locator.evaluate_all("all => all.map(e => e.innerText)"), match)
+
+
+def give_key(page: Any) -> None:
+    """Give the admin key that the page asks for."""
+    page.get_by_label("Admin key", exact=True).fill(ADMIN)
+    page.keyboard.press("Enter")
 
 
 def fits(page: Any) -> None:

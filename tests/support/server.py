@@ -23,6 +23,7 @@ from starlette.types import ASGIApp
 
 from support.random_adapters import tokenizer
 from support.tiny_models import VOCAB
+from support.waiting import PATIENCE
 from veneer.errors import QueueFull
 from veneer.formats.training import ComputedIn
 from veneer.serve.api.http import AT_A_TIME, PatientProtocol, PatientServer
@@ -197,7 +198,7 @@ def running(
             yield server
         finally:
             server.should_exit = True
-            thread.join(20)
+            thread.join(PATIENCE)
             assert not thread.is_alive()
 
 
@@ -208,7 +209,7 @@ def call(
     *,
     method: str = "",
     headers: dict[str, str] | None = None,
-    timeout: float = 30.0,
+    timeout: float = PATIENCE,
 ) -> tuple[int, dict[str, str], Any]:
     """Return status, headers and what the JSON of the answer says (or its text)."""
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=timeout)
@@ -231,7 +232,7 @@ def call(
 def connected(url: str, data: bytes = b"") -> Iterator[socket.socket]:
     """Connect to a server and send bytes as they are."""
     host, _, port = urlsplit(url).netloc.partition(":")
-    with socket.create_connection((host, int(port)), timeout=20) as connection:
+    with socket.create_connection((host, int(port)), timeout=PATIENCE) as connection:
         connection.sendall(data)
         yield connection
 

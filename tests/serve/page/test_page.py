@@ -81,10 +81,11 @@ def test_chat(page, site, monkeypatch):
     answer = page.locator(".turn.assistant .text")
     answer.filter(has_text="cooking says word 0 word 1 word 2 word 3").wait_for()
     expect(page.locator(".turn.user .text")).to_have_text("What <b>is</b> honey?")
-    page.get_by_role("button", name="Tokens").click()
+    tokens = page.get_by_role("button", name="Tokens")
+    tokens.press("Enter")
     table = page.get_by_role("table", name="What the adapter changed most")
     expect(table).to_contain_text("times likelier")
-    expect(page.get_by_role("button", name="Tokens", expanded=True)).to_be_enabled()
+    expect(page.get_by_role("button", name="Tokens", expanded=True)).to_be_focused()
     assert serious(page) == []
     # The second question goes with the first and its answer.
     ask(page, "And salt?")
@@ -100,6 +101,15 @@ def test_chat(page, site, monkeypatch):
     page.locator(".turn.assistant .text").filter(has_text="word").wait_for()
     page.get_by_role("button", name="Stop").click()
     eventually(lambda: site.served.engine.active, lambda active: active == 0)
+    # What is begun anew knows nothing of what was being answered.
+    ask(page, "Of nobody's business")
+    page.locator(".turn.assistant .text").nth(1).filter(has_text="word").wait_for()
+    page.get_by_role("button", name="New").click()
+    expect(page.get_by_role("button", name="Stop")).to_be_hidden()
+    page.get_by_label("Longest answer").first.fill("2")
+    ask(page, "Hello")
+    page.locator(".turn.assistant .text").filter(has_text="says").wait_for()
+    assert "business" not in site.served.tokenizer.decode(site.served.engine.requests[-1].tokens)
 
 
 def test_compare(page):

@@ -2,44 +2,25 @@
 
 import io
 import json
-import shutil
 import zipfile
 from pathlib import Path
 
 import pytest
 
-from support.browser import expect, fits, needs_chromium, opened, serious, texts
-from support.jobs import ROWS, client_of, lines, training, upload
-from support.random_adapters import tokenizer
+from support.browser import expect, fits, give_key, needs_chromium, opened, serious, texts
+from support.jobs import ROWS, lines
 from support.server import ADMIN
-from support.tiny_models import tiny
-from veneer.formats.merged import write_model
 from veneer.serve.page.download import zipped
 
 pytestmark = needs_chromium
 
 
-@pytest.fixture
-def site(tmp_path, two):
-    write_model(tiny("llama"), tokenizer(), tmp_path / "base")
-    with training(tmp_path / "runs", base=str(tmp_path / "base")) as server:
-        shutil.copytree(two["cooking"], tmp_path / "runs" / "result")
-        (tmp_path / "runs" / "wait").write_text("2")
-        server.wait = tmp_path / "runs" / "wait"
-        yield server
-
-
-def give_key(page):
-    page.get_by_label("Admin key", exact=True).fill(ADMIN)
-    page.keyboard.press("Enter")
-
-
-def test_a_newcomer_trains_and_asks_the_result(browser, site, tmp_path):
+def test_a_newcomer_trains_and_asks_the_result(browser, training_site, tmp_path):
     rows = tmp_path / "island.jsonl"
     rows.write_bytes(lines(ROWS[3:]))
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"prompt": "a", "completion": "b"}\n{"promt": "a"}\n')
-    with opened(browser, site.url, "light", allowed="status of 40") as page:
+    with opened(browser, training_site.url, "light", allowed="status of 40") as page:
         page.get_by_role("link", name="Train").click()
         give_key(page)
         page.get_by_text("None yet.").first.wait_for()
@@ -87,13 +68,13 @@ def test_a_newcomer_trains_and_asks_the_result(browser, site, tmp_path):
         assert serious(page) == []
         card.get_by_role("button", name="Pause").click()
         card.get_by_role("button", name="Go on").wait_for()
-        site.wait.unlink()
+        training_site.wait.unlink()
         card.get_by_role("button", name="Go on").click()
         samples.get_by_label("the result").filter(has_text="says").wait_for()
         card.get_by_label("Question to").fill("Why?")
         card.get_by_label("Question to").press("Tab")
         samples.get_by_label("the result").filter(has_text="says").wait_for()
-        assert site.jobs.served.engine.requests[-1].sampling.temperature == 0
+        assert training_site.jobs.served.engine.requests[-1].sampling.temperature == 0
         merged = card.locator(".merge")
         merged.get_by_text("Merged model").click()
         merged.get_by_role("button", name="Merge").press("Enter")
@@ -116,48 +97,18 @@ def test_a_newcomer_trains_and_asks_the_result(browser, site, tmp_path):
         page.locator("#chat-text").fill("Hello")
         page.keyboard.press("Enter")
         page.locator(".turn.assistant .text").filter(has_text=f"{name} says").wait_for()
-    (job,) = site.jobs.store.jobs()
+    (job,) = training_site.jobs.store.jobs()
     assert job.settings["rows"] == {"new_words": "auto"}
     assert job.settings["lora"] == {"rank": 8, "targets": "attention"}
     endings = {"native": "lora_weights.pt", "gguf": ".gguf", "mlx": "adapters.safetensors"}
     for format, ending in endings.items():
-        content = io.BytesIO(b"".join(zipped(site.jobs, job.id, format)))
+        content = io.BytesIO(b"".join(zipped(training_site.jobs, job.id, format)))
         with zipfile.ZipFile(content) as archive:
             assert any(name.endswith(ending) for name in archive.namelist())
 
 
-def test_the_result_is_asked_though_the_job_ends_while_a_checkpoint_answers(browser, site):
-    site.wait.write_text("1")
-    client = client_of(site)
-    client.fine_tuning.jobs.create(model=site.jobs.served.name, training_file=upload(client).id)
-    held = []
-    with opened(browser, site.url, "light", allowed="status of 40") as page:
-
-        def hold(route):
-            if route.request.post_data_json["model"].endswith(".step-000001"):
-                held.append(route)
-            else:
-                route.continue_()
-
-        page.route("**/v1/chat/completions", hold)
-        page.get_by_role("link", name="Train").click()
-        give_key(page)
-        card = page.locator("#jobs .run")
-        card.filter(has_text="1 of 3").wait_for()
-        card.get_by_text("Answers as it learns").click()
-        samples = card.get_by_role("log")
-        with page.expect_request(lambda asked: ".step-000001" in (asked.post_data or "")):
-            pass
-        site.wait.unlink()
-        card.filter(has_text="succeeded").wait_for()
-        for route in held:
-            route.continue_()
-        after = [f"^step {step}\n" for step in (1, 2, 3)]
-        texts(samples.locator("article"), "^before: tiny\n", *after, "^the result\n")
-
-
-def test_who_has_no_admin_key_can_leave_the_question(browser, site):
-    with opened(browser, site.url, "light", allowed="status of 401") as page:
+def test_who_has_no_admin_key_can_leave_the_question(browser, training_site):
+    with opened(browser, training_site.url, "light", allowed="status of 401") as page:
         page.get_by_role("link", name="Train").click()
         for leave in (
             lambda: page.keyboard.press("Escape"),
@@ -175,8 +126,8 @@ def test_who_has_no_admin_key_can_leave_the_question(browser, site):
 
 
 @pytest.mark.slow
-def test_it_trains_by_keyboard_alone_on_a_small_screen(browser, site):
-    with opened(browser, site.url, "dark", allowed="status of 40") as page:
+def test_it_trains_by_keyboard_alone_on_a_small_screen(browser, training_site):
+    with opened(browser, training_site.url, "dark", allowed="status of 40") as page:
         page.set_viewport_size({"width": 360, "height": 700})
         press = page.keyboard.press
 

@@ -98,7 +98,7 @@ def routes(jobs: Jobs | None) -> APIRouter:
     async def checkpoints(
         fine_tuning_job_id: str, after: str | None = None, limit: Limit = 10
     ) -> dict[str, Any]:
-        """List a job's checkpoints that are on the disk, the newest first. Each is served."""
+        """List a job's checkpoints that are served, the newest first."""
         service = enabled(jobs)
         known = await asyncio.to_thread(
             lambda: shown_checkpoints(service, service.job(fine_tuning_job_id))
@@ -177,6 +177,8 @@ def shown_checkpoints(service: Jobs, job: Job) -> list[dict[str, Any]]:
             of_step["full_valid_loss"] = of_step["valid_loss"] = line["eval_loss"]
     checkpoints = []
     for name, place in reversed(service.publisher.checkpoints(job).items()):
+        if service.served.library.find(name) is None:
+            continue  # it has just been written, and is about to be served
         step = int(place.name.rpartition("-")[2])
         checkpoints.append(
             {

@@ -62,7 +62,14 @@ async function refresh() {
 
 // Go to the chat, with an adapter that has just been trained.
 async function chatWith(name) {
-  await refresh().catch(showError);
+  try {
+    await refresh();
+    const adapter = served.adapters.find((each) => each.name === name);
+    if (!adapter || adapter.error) throw new Error(adapter?.error ?? `${name} is no longer served.`);
+  } catch (error) {
+    showError(error);
+    return;
+  }
   byId("chat-model").value = name;
   describeModel();
   location.hash = "#chat";

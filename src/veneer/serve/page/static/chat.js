@@ -44,6 +44,7 @@ async function send(event, isAdapter) {
   }
   busy(false);
   running = null;
+  if (!turn.isConnected) return; // a new conversation has begun meanwhile
   if (!reply) {
     if (ended) text.append(make("span", { class: "quiet" }, "(an empty answer)"));
     else turn.remove();

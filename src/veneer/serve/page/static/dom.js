@@ -31,6 +31,11 @@ export function showError(error) {
   banner.hidden = !error;
 }
 
+// Take an error away that holds no more, unless another one is shown by now.
+export function clearError(error) {
+  if (error && byId("fault").textContent === error.message) showError(null);
+}
+
 export const bytes = (n) =>
   n < 1e3 ? `${n} B` : n < 1e6 ? `${Math.round(n / 1e3)} kB` : n < 1e9 ? `${(n / 1e6).toFixed(1)} MB` : `${(n / 1e9).toFixed(1)} GB`;
 

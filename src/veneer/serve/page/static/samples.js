@@ -16,6 +16,7 @@ export function samplesOf(jobs, job) {
   const log = make("div", { class: "samples-log", role: "log", "aria-label": `Answers of ${job.run} as it learns`, tabindex: "0" });
   const details = make("details", { class: "samples" }, make("summary", {}, "Answers as it learns"), question, expected, log);
   let before = [], tools = []; // the turns before the question, and the functions that an answer may call
+  let asked = ""; // which may be another by now in the field, half typed
   let tries = new Map(); // by model
   let first = null; // the answer of the model that the job starts from
   let last = job, round = 0, isBusy = false, isReady = false, isDone = false;
@@ -31,7 +32,7 @@ export function samplesOf(jobs, job) {
 
   async function ask(model, label) {
     const mine = round;
-    const messages = [...before, { role: "user", content: question.value.trim() }];
+    const messages = [...before, { role: "user", content: asked }];
     let reply = "";
     const most = Math.min(MOST_TOKENS, sampling().max_tokens ?? MOST_TOKENS); // which fits the context
     const body = { model, messages, temperature: 0, max_tokens: most, ...(tools.length ? { tools } : {}) };
@@ -57,6 +58,7 @@ export function samplesOf(jobs, job) {
         if (mine !== round) return;
         tries.set(model, TRIES);
       } catch (error) {
+        if (mine !== round) return;
         if (error.status === 404) continue;
         tries.set(model, TRIES);
         throw error;
@@ -67,7 +69,8 @@ export function samplesOf(jobs, job) {
 
   async function follow(now) {
     last = now;
-    if (isBusy || isDone || !isReady || !details.open || !question.value.trim()) return;
+    if (GOING.includes(now.status)) isDone = false; // one that had failed goes on
+    if (isBusy || isDone || !isReady || !details.open || !asked) return;
     const mine = round;
     isBusy = true;
     await askWhatIsNew().catch(showError);
@@ -77,6 +80,7 @@ export function samplesOf(jobs, job) {
 
   question.addEventListener("change", () => {
     round += 1;
+    asked = question.value.trim();
     before = before.filter((turn) => turn.role === "system");
     expected.textContent = "";
     tries = new Map();
@@ -89,6 +93,7 @@ export function samplesOf(jobs, job) {
     if (!details.open) return;
     if (!isReady) await propose().catch((error) => error.status !== 404 && showError(error)); // its file may be gone
     isReady = true;
+    asked = question.value.trim();
     if (question.value) announce(`${job.run} is asked: ${question.value}`);
     follow(last);
   });

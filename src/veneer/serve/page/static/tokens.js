@@ -45,13 +45,14 @@ function tokenView(tokens) {
 // Return a button that shows the view below `card` and takes it away again.
 export function tokenButton(card, model, messages, answer) {
   const button = make("button", { type: "button", class: "plain small", "aria-expanded": "false" }, "Tokens");
-  let shown = null;
+  let shown = null, asked = false; // a disabled button would lose the focus
   button.addEventListener("click", async () => {
+    if (asked) return;
     if (shown) {
       shown.remove();
       shown = null;
     } else {
-      button.disabled = true;
+      asked = true;
       try {
         const { tokens } = await post("/api/tokens", { model, messages, answer });
         shown = tokenView(tokens);
@@ -60,7 +61,7 @@ export function tokenButton(card, model, messages, answer) {
       } catch (error) {
         showError(error);
       }
-      button.disabled = false;
+      asked = false;
     }
     button.setAttribute("aria-expanded", String(Boolean(shown)));
   });

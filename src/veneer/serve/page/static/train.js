@@ -3,7 +3,7 @@
 import { get, post, save, upload } from "./api.js";
 import { curve } from "./curve.js";
 import { drawnOf } from "./drawn.js";
-import { announce, byId, bytes, duration, facts, make, showError } from "./dom.js";
+import { announce, byId, bytes, clearError, duration, facts, make, showError } from "./dom.js";
 import { layersButton } from "./layers.js";
 import { mergeOf } from "./merge.js";
 import { MEANS, chosenMethod, offerMethod, rowView } from "./method.js";
@@ -23,6 +23,7 @@ const ROUTES = { Pause: "pause", Stop: "cancel", "Go on": "resume" };
 const MOST_WORDS = 12; // that are shown of those proposed
 const STEPS_APART = 16; // between checkpoints, which can be asked; a few rows have their epochs' ends
 let file = null; // the rows that are to be learnt
+let isStarting = false; // a job, which a second press would start again
 let shownRows = 0; // so that an answer that comes late shows nothing
 
 const form = () => byId("train-form");
@@ -82,7 +83,8 @@ const showPlan = () => showPlans(file && file.kind !== "prompts" && { rows: file
 
 async function start(event) {
   event.preventDefault();
-  if (!file) return;
+  if (!file || isStarting) return;
+  isStarting = true; // a disabled button would lose the focus
   fault(null);
   const { suffix, model, epochs } = form().elements;
   const body = { training_file: file.id, model: model.value, ...chosenMethod(file.kind, form().elements) };
@@ -99,6 +101,7 @@ async function start(event) {
   } catch (error) {
     fault(error.message);
   }
+  isStarting = false;
 }
 
 const cards = new Map();
@@ -194,22 +197,33 @@ export async function openTraining() {
   await showPlan();
 }
 
+let looks = 0, newest = 0; // so that a look that another one overtook shows nothing
+
 async function showJobs() {
+  const mine = ++looks;
   const [{ data }, { runs }] = await Promise.all([get(`${JOBS}?limit=50`), get("/api/runs")]);
+  if (mine < newest) return;
+  newest = mine;
   const container = byId("jobs");
   byId("jobs-none").hidden = data.length > 0;
   for (const job of data.reverse()) { // the newest comes first on the page
-    const isNew = !cards.has(job.id);
-    if (isNew) {
+    if (!cards.has(job.id)) {
       cards.set(job.id, jobCard(job, (name) => chatWith(name)));
       container.prepend(cards.get(job.id));
     }
     const card = cards.get(job.id);
     card.samples.follow(job);
     card.drawn?.follow();
-    if (!isNew && card.dataset.state === job.status && !["running", "queued"].includes(job.status)) continue;
+  }
+  for (const job of data) {
+    const card = cards.get(job.id), run = runs.find((each) => each.name === job.run);
+    // A worker that is asked to stop ends its step first.
+    const seen = JSON.stringify([job.status, job.step, run?.step, run?.evaluations.length]);
+    if (card.dataset.seen === seen && !["running", "queued"].includes(job.status)) continue;
     const events = await get(`${JOBS}/${job.id}/events?limit=1`);
-    fill(card, job, runs.find((run) => run.name === job.run), events.data[0]?.message);
+    if (mine !== newest) return;
+    fill(card, job, run, events.data[0]?.message);
+    card.dataset.seen = seen;
   }
 }
 
@@ -245,8 +259,17 @@ export function startTraining(isShown, chat) {
       if (name === "drop" && event.dataTransfer.files[0]) take(event.dataTransfer.files[0]);
     });
   }
+  let failure = null; // of the last look
   const look = async () => {
-    if (isShown() && !document.hidden) await showJobs().catch((error) => isShown() && showError(error));
+    if (isShown() && !document.hidden) {
+      try {
+        await showJobs();
+        clearError(failure);
+        failure = null;
+      } catch (error) {
+        if (isShown()) showError(failure = error);
+      }
+    }
     setTimeout(look, 1000);
   };
   look();
