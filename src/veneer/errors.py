@@ -6,6 +6,7 @@ and exits with 2; a program catches `VeneerError`, or `ValueError` where the inp
 
 from __future__ import annotations
 
+import errno
 import functools
 import re
 import warnings
@@ -51,6 +52,21 @@ class DataError(VeneerError, ValueError):
     def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.problems = tuple(problems)
+
+
+# Errors of the system at that moment: no file handle, no memory, a disk that does not answer.
+_PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EIO)
+
+
+def passing_fault(error: BaseException | None) -> BaseException | None:
+    """Return what is of the system at that moment, in an error and its causes, and not of what was
+    read; None where there is no such thing."""
+    while error is not None:
+        is_short = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+        if is_short or (isinstance(error, OSError) and error.errno in _PASSING):
+            return error
+        error = error.__cause__
+    return None
 
 
 def wrong_argument(value: object, expected: str) -> TypeError:

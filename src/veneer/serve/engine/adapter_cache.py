@@ -18,7 +18,7 @@ from veneer.adapter.method import Method
 from veneer.adapter.modules_to_save import owner_of
 from veneer.adapter.virtual import keys_values
 from veneer.adapter.weight_access import Place
-from veneer.errors import AdapterError, ConfigError, joined, listed
+from veneer.errors import AdapterError, ConfigError, joined, listed, passing_fault
 from veneer.formats.adapters import read
 from veneer.formats.contents import without_place
 from veneer.formats.state import AdapterState
@@ -135,10 +135,13 @@ class Fit:
         return ""
 
     def read(self, entry: Entry, *, shapes_only: bool = False) -> AdapterState:
-        """Return what an adapter's files say. Raises AdapterError."""
+        """Return what an adapter's files say. Raises AdapterError for a misfit, which is refused
+        for good; and what is of the system at that moment as it is."""
         try:
             return read(entry.directory, self.model, shapes_only=shapes_only)
         except AdapterError as error:
+            if (fault := passing_fault(error)) is not None:
+                raise fault from None
             raise AdapterError(f"{opening(entry)}: {error}") from error
 
     def check(self, state: AdapterState, entry: Entry) -> None:
