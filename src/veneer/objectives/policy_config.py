@@ -34,7 +34,7 @@ class OnPolicy:
 
     reward: tuple[str, ...] = ()
     """What answers are judged by, several if need be: MODULE:FUNCTION or FILE.py:FUNCTION; exact;
-    regex:PATTERN; json:SCHEMA.json; grader:GRADER.json; tests."""
+    regex:PATTERN; json:SCHEMA.json; grader:GRADER.json; tests; model:ADAPTER, a reward model."""
     reward_weights: tuple[float, ...] | None = None
     """The weight of each reward in their sum; 1 unless given."""
     reward_seconds: tuple[float, ...] | None = None

@@ -85,14 +85,14 @@ class TrainConfig:
     seed: int = 0
     """Decides the start of A, the order of rows and dropout."""
     save_every: int | None = None
-    """Steps between checkpoints; at the end of each epoch unless given."""
+    """Steps between checkpoints, beside those at the end of each epoch."""
     keep: int = 2
     """Keep this many of the newest checkpoints, beside those of the best evaluations."""
     keep_best: int | None = None
     """Keep the checkpoints of this many evaluations, the best, beside the newest ones; just one
     best unless given."""
     eval_every: int | None = None
-    """Steps between evaluations; at the end of each epoch unless given."""
+    """Steps between evaluations, beside those at the end of each epoch."""
     patience: int | None = None
     """Stop after this many evaluations without a better one."""
 
