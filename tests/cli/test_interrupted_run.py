@@ -177,8 +177,7 @@ def test_a_signal_after_the_training_leaves_the_adapter(tune, tmp_path, monkeypa
 
 
 def test_output_that_nobody_reads_ends_no_run(tune, tmp_path, monkeypatch):
-    from veneer.cli import progress
-    from veneer.cli import tune as command
+    from veneer.cli import console, progress
 
     silenced = []
 
@@ -186,7 +185,7 @@ def test_output_that_nobody_reads_ends_no_run(tune, tmp_path, monkeypatch):
         raise BrokenPipeError
 
     monkeypatch.setattr(progress.RunDisplay, "_step", closed)
-    monkeypatch.setattr(command, "silence", lambda: silenced.append(True))
+    monkeypatch.setattr(console, "silence", lambda: silenced.append(True))
     assert tune("--out", tmp_path / "out", "--steps", 2) == 0
     assert silenced
     assert LOCK not in names(tmp_path / "out")

@@ -12,8 +12,9 @@ import pytest
 import veneer.cli.many
 from support import warm
 from support.tuned_facts import FACTS, metrics, same_weights, write_rows
+from veneer.cli import console
 from veneer.cli.app import run
-from veneer.cli.many import JobsDisplay
+from veneer.cli.many import JobsDisplay, worst
 from veneer.training.events import Notice
 from veneer.training.recipe import Recipe
 
@@ -215,6 +216,26 @@ def test_killed_jobs_go_on_to_the_bit_where_no_pass_is_shared(here, minigpt_home
         lines, whole = metrics(Path("runs", name)), metrics(Path("alone", name))
         assert lines[:5] == before[name]  # with their seconds: these steps were not made again
         assert [line.get("loss") for line in lines] == [line.get("loss") for line in whole]
+
+
+def test_a_job_that_failed_counts_more_than_one_that_diverged():
+    codes = {0: set(), 3: {0, 3}, 75: {0, 3, 75}, 2: {0, 2, 3, 75}}
+    assert {code: worst(several) for code, several in codes.items()} == {c: c for c in codes}
+
+
+def test_a_terminal_that_is_gone_ends_no_job(here, minigpt_home, monkeypatch):
+    def gone(self: object, name: str, event: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    silenced: list[bool] = []
+    monkeypatch.setattr(JobsDisplay, "show", gone)
+    monkeypatch.setattr(console, "silence", lambda: silenced.append(True))
+    write_rows(here / "facts.jsonl", FACTS)
+    (here / "jobs.yaml").write_text("jobs: [{name: good, rank: 2}]")
+    command = ["tune", str(minigpt_home), "facts.jsonl", "--jobs", "jobs.yaml", "--out", "runs"]
+    assert run([*command, "--steps", "2", "--eval-rows", "0"]) == 0
+    assert silenced
+    assert Path("runs/good/lora_adapter").is_dir()
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ from veneer.training.events import (
     Event,
     ModelReady,
     Notice,
+    Planned,
     Started,
     Step,
 )
@@ -249,6 +250,9 @@ def test_what_cannot_be_searched_is_refused_before_anything_trains(home):
     samples = replace(no_rows, objective=veneer.Objective("grpo"), on_policy=rewards)
     with pytest.raises(veneer.ConfigError, match="grpo learns from samples"):
         list(veneer.search(samples, OVER, CONFIG))
+    words = replace(no_rows, rows=veneer.DataConfig(new_words="auto"))
+    with pytest.raises(veneer.ConfigError, match="new_words extends the base's vocabulary"):
+        list(veneer.search(words, OVER, CONFIG))
     assert not (home / "none").exists()
 
 
@@ -299,6 +303,43 @@ def test_each_of_few_combinations_is_tried_once_and_no_more_at_a_time_than_fit(h
     assert {trial.state for trial in trials} == {"complete"}
     notices = [event.text for _, event in events if isinstance(event, Notice)]
     assert "No more than 2 trials train at a time: no room" in notices
+
+
+def test_a_search_goes_on_though_fewer_fit_than_were_drawn(home, monkeypatch):
+    def fits(plan: Any, _: Any) -> None:
+        if plan.memory.optimizer.value > 2 * most:
+            raise DoesNotFit("no room")
+
+    config = veneer.SearchConfig(trials=4, together=4, pruner="none")
+    own, over = recipe(home, "deferred"), {"lr": [0.01, 0.02, 0.03, 0.04]}
+    events = veneer.search(own, over, config)
+    plan = next(event.plan for _, event in events if isinstance(event, Planned))
+    most = plan.memory.optimizer.value
+    monkeypatch.setattr(many_runs, "check_fits_together", fits)
+    for _, event in events:
+        if isinstance(event, Notice) and event.text.startswith("No more than 2 trials"):
+            events.close()
+    trials = [*veneer.search(own, over, config, resume=True)][-1][1].result.trials
+    assert [trial.state for trial in trials] == ["complete"] * 4
+
+
+def test_what_is_left_out_of_the_rows_is_reported_beside_the_study(home):
+    (home / "twice.jsonl").write_text("\n".join(map(json.dumps, [*ROWS, ROWS[0]])))
+    rows = veneer.DataConfig(eval_rows=2, deduplicate=True)
+    own = replace(recipe(home, "twice"), data=home / "twice.jsonl", rows=rows)
+    config = veneer.SearchConfig(trials=1)
+    assert [*veneer.search(own, {"rank": [2]}, config)][-1][1].result.best is not None
+    assert (own.out / "duplicates.txt").exists()
+
+
+def test_a_share_is_one_of_each_trials_own_steps(home):
+    own = recipe(home, "share")
+    course = replace(own.training, steps=None, epochs=4.0)
+    config = veneer.SearchConfig(trials=2, share=0.5, pruner="none")
+    over = {"tokens_per_step": [30, 90]}
+    trials = [*veneer.search(replace(own, training=course), over, config)][-1][1].result.trials
+    steps = {trial.values["tokens_per_step"]: trial.steps for trial in trials}
+    assert steps[30] > 2 * steps[90]
 
 
 def test_losses_on_other_rows_are_not_compared(home):

@@ -17,7 +17,7 @@ from veneer.formats.install import install
 from veneer.formats.state import StoredTokens
 from veneer.training.begin import let_train
 from veneer.training.checkpoint import newest
-from veneer.training.events import Failed, Notice, Step
+from veneer.training.events import Ended, Failed, Notice, Step
 from veneer.training.many import train as many
 from veneer.training.many.schedule import Waiting, choose
 
@@ -90,6 +90,41 @@ def test_jobs_that_cannot_join_leave_the_others_learning():
         ("late", "There are no rows to train on."),
     ]
     assert sum(isinstance(event, Step) for _, event in events) == 4
+
+
+def test_an_error_that_nobody_expected_ends_its_own_job_alone():
+    def through(events: Any) -> Any:
+        for event in events:
+            if isinstance(event, Step):
+                raise RuntimeError("out of memory")
+            yield event
+
+    model = veneer.attach(tiny("llama"), veneer.LoRA(rank=1), name="one", seed=0)
+    veneer.attach(model, veneer.LoRA(rank=1), name="two", seed=0)
+    jobs = {"one": replace(job(steps=4), through=through), "two": job(steps=4)}
+    events = list(veneer.train_many(model, jobs))
+    last = dict(events)
+    assert isinstance(last["one"], Failed)
+    assert last["one"].why == "RuntimeError: out of memory"
+    assert isinstance(last["two"], Ended)
+
+
+def test_an_error_in_a_pass_of_its_own_ends_its_own_job_alone(monkeypatch):
+    def fails(forward: Any, model: Any, batches: Any, **options: Any) -> Any:
+        if batches[0].adapter == "one":
+            raise RuntimeError("out of memory")
+        return own(forward, model, batches, **options)
+
+    own = many.backward_together
+    monkeypatch.setattr(many, "backward_together", fails)
+    monkeypatch.setattr(many, "why_alone", lambda *_: {"one": "its kind"})
+    model = veneer.attach(tiny("llama"), veneer.LoRA(rank=1), name="one", seed=0)
+    veneer.attach(model, veneer.LoRA(rank=1), name="two", seed=0)
+    events = list(veneer.train_many(model, {"one": job(steps=4), "two": job(steps=4)}))
+    last = dict(events)
+    assert isinstance(last["one"], Failed)
+    assert isinstance(last["two"], Ended)
+    assert sum(isinstance(event, Step) for name, event in events if name == "two") == 4
 
 
 def test_rows_of_single_tokens_are_learnt_by_their_own_job_alone(tmp_path):

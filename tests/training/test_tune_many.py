@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import veneer
@@ -193,12 +194,59 @@ def test_jobs_that_need_too_much_memory_are_refused_by_what_they_need_together(h
 
 def test_jobs_are_refused_where_a_disk_holds_each_but_not_all(home, monkeypatch):
     jobs = recipes(home, "small disk")
-    monkeypatch.setattr(planned, "bytes_on_disk", lambda *_: {"the adapter": 10**6})
+    monkeypatch.setattr(planned, "bytes_on_disk", lambda *_, **__: {"the adapter": 10**6})
     monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=2.5e6))
     with pytest.raises(veneer.ConfigError, match=r"These jobs.* need 3 MB, but the disk has 2 MB"):
         next(veneer.tune_many(jobs))
     jobs.popitem()
     next(veneer.tune_many(jobs))
+
+
+def test_no_room_is_asked_for_merged_models_that_are_not_written(home, monkeypatch):
+    ahead = preflight.preflight(
+        recipe(home, "small disk", "dora"), resume=False, force=False, ignore_space=True
+    )
+    assert ahead.plan is not None
+    kept = ahead.plan.config.width * ahead.plan.model.parameters
+    free = sum(preflight.bytes_on_disk(ahead.plan, ahead.recipe, torch.device("cpu")).values())
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=free - kept))
+    job = {"dora": ahead.recipe}
+    with pytest.raises(veneer.ConfigError, match="These jobs, up to that in"):
+        next(veneer.tune_many(job))
+    next(veneer.tune_many(job, merges=False))
+
+
+def test_rows_of_answers_and_of_rewards_are_not_the_same(home):
+    keys = set()
+    for objective in ("dpo", "reward"):
+        own = replace(recipe(home, "rows", "good"), objective=veneer.Objective(objective))
+        keys.add(many_runs._key_of_rows(SimpleNamespace(recipe=own)))
+    assert len(keys) == 2
+
+
+def test_a_job_that_fails_before_its_course_leaves_nothing_behind(home, monkeypatch):
+    own = many.RunningJob
+
+    def begin(name: str, *arguments: Any) -> Any:
+        if name == "job 1":
+            raise veneer.AdapterError("another base's teacher")
+        return own(name, *arguments)
+
+    monkeypatch.setattr(many, "RunningJob", begin)
+    waiting = iter(({}, {"late": recipe(home, "forgotten", "late")}))
+    left = []
+
+    def joining() -> dict[str, veneer.Recipe]:
+        place = home / "forgotten" / "late"
+        left.append((place / ".lock").exists())
+        return next(waiting, {})
+
+    first = {"dora": recipe(home, "forgotten", "dora")}
+    events = [*veneer.tune_many(first, joining=joining, merges=False)]
+    assert [name for name, event in events if isinstance(event, Failed)] == ["late"]
+    assert not any(left)
+    alone = {k: v for k, v in files(home / "alone" / "dora").items() if "merged" not in k}
+    assert files(home / "forgotten" / "dora") == alone
 
 
 def test_memory_is_planned_for_the_adapters_of_all_and_the_base_is_read_once(home, monkeypatch):

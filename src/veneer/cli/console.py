@@ -101,6 +101,16 @@ def is_at_terminal() -> bool:
     return sys.stdin.isatty() and sys.stdout.isatty()
 
 
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Print what can be printed: where whoever read it is gone (`head`, or a terminal), nothing
+    more, and no run ends by it."""
+    try:
+        yield
+    except OSError:
+        silence()
+
+
 def silence(*consoles: Console) -> None:
     """Print nothing more there: whoever read it is gone, which is no reason for a run to end.
 

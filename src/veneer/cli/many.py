@@ -23,6 +23,7 @@ from veneer.cli.console import (
     print_wide,
     quieten_libraries,
     show_notice,
+    silenced,
 )
 from veneer.cli.events import events_on_stdout
 from veneer.cli.plots import draw_losses
@@ -113,9 +114,10 @@ def run_jobs(
             if name:
                 states[name].take(event)
             if display:
-                display.show(name, event)
+                with silenced():
+                    display.show(name, event)
             if isinstance(event, Failed):
-                show_notice(f"{name} failed: {event.error}")
+                show_notice(f"{name} failed: {event.why}")
             if quiet and isinstance(event, Verdict) and event.kind == "diverged":
                 show_notice(f"{name}: {event.text}")
             if isinstance(event, Written) and event.what == "adapter":
@@ -129,8 +131,14 @@ def run_jobs(
     if asked.number:
         ERRORS.print(f"Go on with the same command and --resume (results in {escape(str(out))}).")
         return 128 + asked.number
-    codes = {state.exit_code for state in states.values()}
-    return min(codes - {0}, default=0)
+    return worst({state.exit_code for state in states.values()})
+
+
+def worst(codes: set[int]) -> int:
+    """Return the exit code of several jobs by theirs: a job that failed counts more than one that
+    diverged, and a mistake more than a full disk."""
+    diverged = DivergedError.exit_code
+    return min(codes - {0, diverged}, default=diverged if diverged in codes else 0)
 
 
 @dataclass
@@ -187,7 +195,7 @@ class JobsDisplay:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.progress.stop()
+        self.progress.live.stop()  # its own stop() leaves an empty line in a log
 
     def show(self, name: str, event: Event) -> None:
         """Print what an event means, or move a bar."""

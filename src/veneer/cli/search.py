@@ -20,6 +20,7 @@ from veneer.cli.console import (
     quieten_libraries,
     show_command,
     show_notice,
+    silenced,
 )
 from veneer.cli.events import events_on_stdout
 from veneer.cli.flags import (
@@ -146,7 +147,8 @@ def search(
             elif isinstance(event, TrialEnded) and event.why:
                 show_notice(f"trial {event.trial.number}: {event.why}")
             if display:
-                display.show(name, event)
+                with silenced():
+                    display.show(name, event)
         assert result is not None
         _draw(result, out)
         if display:

@@ -9,7 +9,7 @@ from typing import Any
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from veneer.cli.console import ERRORS, OUTPUT, quieten_libraries, show_notice
+from veneer.cli.console import ERRORS, OUTPUT, quieten_libraries, show_notice, silenced
 from veneer.cli.events import events_on_stdout
 from veneer.cli.tables import plan_summary
 from veneer.errors import TrainingError, listed
@@ -45,7 +45,7 @@ class SearchDisplay:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.progress.stop()
+        self.progress.live.stop()  # its own stop() leaves an empty line in a log
 
     def show(self, name: str, event: Event) -> None:
         """Print what an event means, or move a bar."""
@@ -131,4 +131,5 @@ def search_before(
                 raise
             write(event, trial=name, **beside)
             if display:
-                display.show(name, event)
+                with silenced():
+                    display.show(name, event)

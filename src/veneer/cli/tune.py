@@ -21,7 +21,7 @@ from veneer.cli.console import (
     quieten_libraries,
     show_command,
     show_notice,
-    silence,
+    silenced,
 )
 from veneer.cli.events import events_on_stdout
 from veneer.cli.flags import (
@@ -332,10 +332,8 @@ def show_run(
         for event in events:
             write(event)
             if display:
-                try:
+                with silenced():
                     display.show(event)
-                except OSError:  # whoever read it is gone: head, or a terminal
-                    silence()
             if isinstance(event, Started) and world.writes and (launch := launch_id()):
                 directory.write_launch(launch)
             if isinstance(event, Verdict) and event.kind == "diverged":

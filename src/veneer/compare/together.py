@@ -62,21 +62,22 @@ def measure_together(
     begin_peak(model.device)
     begin_measuring()
     taken = {name: Taken(reports_of(job)) for name, job in names.items()}
-    errors: dict[str, Exception] = {}
+    errors: dict[str, str] = {}
     together = {
         name: running.Job(data.training, recipe_of(job).training) for name, job in names.items()
     }
     for name, event in train_many(model, together):
         if isinstance(event, Failed):
-            errors[name] = event.error
+            errors[name] = event.why
         else:
             taken[name].take(event)
     peak = peak_of(model.device)
     for name, job in names.items():
         own_report = reports_of(job)
+        if name in errors:
+            own_report({"error": errors[name]})
+            continue
         try:
-            if name in errors:
-                raise errors[name]
             course: Mapping[str, Any] = taken[name].facts()
             use(model, name)
             measured = after_training(job, base, data, digests, runs, own_report)

@@ -58,8 +58,8 @@ def _fields(event: Event) -> dict[str, Any]:
                 "effect": _plain(report.effect),
                 "lost": _plain(report.lost),
             }
-        case Failed(error):
-            return {"error": str(error)}
+        case Failed():
+            return {"error": event.why}
     return {field.name: _plain(getattr(event, field.name)) for field in fields(event)}
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from veneer.errors import VeneerError
+
 if TYPE_CHECKING:
     from veneer.adapter.certify import MergeReport
     from veneer.adapter.report import QuantizedReport, TargetReport
@@ -160,6 +162,12 @@ class Failed(Event):
     """An error ended a run that shares its passes with others, which go on."""
 
     error: Exception
+
+    @property
+    def why(self) -> str:
+        """The error's words, behind its kind where they were not written for whoever trains."""
+        expected = isinstance(self.error, VeneerError | OSError)
+        return str(self.error) if expected else f"{type(self.error).__name__}: {self.error}"
 
 
 @dataclass(frozen=True, slots=True)

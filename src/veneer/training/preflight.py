@@ -167,7 +167,9 @@ def _meant(missing: Path) -> str:
     return f"Did you mean {missing.parent / close}? " if close else ""
 
 
-def bytes_on_disk(plan: Plan, recipe: Recipe, device: torch.device) -> dict[str, int]:
+def bytes_on_disk(
+    plan: Plan, recipe: Recipe, device: torch.device, *, merges: bool = True
+) -> dict[str, int]:
     """Return what a run needs on the disk, in bytes: its results; its checkpoints, each with the
     weights and Adam's two moments in float32, those that stay and one that is being written; and
     what a pass keeps there."""
@@ -179,7 +181,7 @@ def bytes_on_disk(plan: Plan, recipe: Recipe, device: torch.device) -> dict[str,
     if method.method != "full":
         own_width = width if method.replaces_weights else 4
         bytes_of["the adapter"] = own_width * plan.trained.count
-    is_merged = not method.virtual_tokens and not recipe.objective.is_ranking
+    is_merged = merges and not method.virtual_tokens and not recipe.objective.is_ranking
     if is_merged and why_no_merge(plan, free_on(device)) is None:
         bytes_of["the merged model"] = width * plan.model.parameters
     if kept := kept_on_disk(plan.config, plan.sizes, plan.trained):

@@ -20,7 +20,7 @@ from veneer.training.prepare import Prepared
 
 
 class DoesNotFit(ConfigError):
-    """Jobs that train together need more memory than is there."""
+    """Jobs that train together need more memory, or more of the disk, than is there."""
 
 
 def plan_together(jobs: Sequence[Prepared], tokens_per_pass: int) -> Plan:
@@ -62,8 +62,10 @@ def check_fits_together(plan: Plan, available: int | None) -> None:
         )
 
 
-def check_space_together(jobs: Collection[Preflight], device: torch.device) -> None:
-    """Raise ConfigError where a disk does not hold what stays of all jobs that write to it."""
+def check_space_together(
+    jobs: Collection[Preflight], device: torch.device, *, merges: bool
+) -> None:
+    """Raise DoesNotFit where a disk does not hold what stays of all jobs that write to it."""
     needed: Counter[int] = Counter()  # by the number of the disk
     for job in jobs:
         out = job.recipe.out
@@ -71,11 +73,11 @@ def check_space_together(jobs: Collection[Preflight], device: torch.device) -> N
         disk = place.stat().st_dev
         free = shutil.disk_usage(place).free
         if job.plan is not None:
-            bytes_of = bytes_on_disk(job.plan, job.recipe, device)
+            bytes_of = bytes_on_disk(job.plan, job.recipe, device, merges=merges)
             own = sum(bytes_of.values()) - bytes_of.get(IN_A_PASS, 0)  # which they share
             needed[disk] += max(0, own - size_of(RunDirectory(out).checkpoints))  # which go
         if needed[disk] > free:
-            raise ConfigError(
+            raise DoesNotFit(
                 f"These jobs, up to that in {out}, need {needed[disk] / 1e6:,.0f} MB, but the disk "
                 f"has {free / 1e6:,.0f} MB. Train fewer of them at a time, name another "
                 "place by --out, or go ahead by --ignore-plan."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -23,6 +24,8 @@ from veneer.training.frozen import FrozenBase
 from veneer.training.many.running import Job, RunningJob
 from veneer.training.many.schedule import check_limit, choose
 from veneer.training.threads import worthwhile_threads
+
+log = logging.getLogger("veneer.training")
 
 
 def train_many(
@@ -85,7 +88,8 @@ def train_many(
                 running = [each for each in running if not each.ended]
                 if running:
                     assert passes is not None
-                    passes.make(running, tokens_per_pass)
+                    yield from passes.make(running, tokens_per_pass)
+                running = [each for each in running if not each.ended]
                 new = dict(joining())
     finally:
         for each in running:
@@ -116,9 +120,16 @@ def _until_a_step(job: RunningJob) -> Iterator[tuple[str, Event]]:
             yield job.name, event
         if job.ended:
             yield job.name, Ended()
-    except (VeneerError, OSError) as error:
-        job.end()
-        yield job.name, Failed(error)
+    except Exception as error:
+        yield _failed(job, error)
+
+
+def _failed(job: RunningJob, error: Exception) -> tuple[str, Event]:
+    """End a job by an error, be it for want of memory: the others go on."""
+    if not isinstance(error, VeneerError | OSError):
+        log.exception("%s failed by an error that nobody expected.", job.name)
+    job.end(error)
+    return job.name, Failed(error)
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,21 +168,25 @@ class _Passes:
         alone = [f"Its steps have passes of their own: {why}."] if why else []
         return [Notice(text) for text in (*self.remarks, *of_rows, *alone)]
 
-    def make(self, running: Sequence[RunningJob], tokens: int) -> None:
+    def make(self, running: Sequence[RunningJob], tokens: int) -> Iterator[tuple[str, Event]]:
         """Compute one pass for as many jobs as share it, of at most so many tokens, and let those
-        learn whose steps it ends."""
-        model, forward = self.model, self.forward
-        chosen = choose([each.waiting for each in running], tokens)
-        sharing = [running[number] for number in chosen]
-        batches = [each.take() for each in sharing]
-        try:
-            if not model.training:
-                model.train()
-            with worthwhile_threads(model):
-                backward_together(forward, model, batches, alone=self.alone)
-                for each in sharing:
-                    each.learnt()
-        except Exception as error:
-            for each in running:
-                each.end(error)
-            raise
+        learn whose steps it ends. An error of a pass that several share is one of all."""
+        model = self.model
+        if not model.training:
+            model.train()
+        chosen = [running[n] for n in choose([each.waiting for each in running], tokens)]
+        sharing = [each for each in chosen if each.name not in self.alone]
+        apart = [[each] for each in chosen if each.name in self.alone]
+        for together in ([sharing] if sharing else []) + apart:
+            batches = [each.take() for each in together]
+            try:
+                with worthwhile_threads(model):
+                    backward_together(self.forward, model, batches, alone=self.alone)
+                    for each in together:
+                        each.learnt()
+            except Exception as error:
+                if len(together) > 1:
+                    for each in running:
+                        each.end(error)
+                    raise
+                yield _failed(together[0], error)

@@ -7,7 +7,7 @@ from fractions import Fraction
 from typing import Any
 
 from veneer.adapter.attach import detach
-from veneer.adapter.use import use
+from veneer.adapter.use import adapters, use
 from veneer.data.sources import spelt
 from veneer.errors import ConfigError, VeneerError, listed
 from veneer.models.device import begin_peak, resolve_device
@@ -119,6 +119,8 @@ def tune_many(
         ):
             yield from of_joining
             of_joining.clear()
+            if isinstance(event, Failed):
+                runs.forget(adapter)
             if not isinstance(event, Measured):
                 yield runs.names[adapter], event
             elif not measured:  # for the first, no model has been merged yet, which takes more
@@ -178,6 +180,14 @@ class _Runs:
             if lock := self._locks.pop(name, None):
                 lock.release()
 
+    def forget(self, adapter: str) -> None:
+        """Let go of a run that failed before its course began; others have done so themselves."""
+        if adapter in adapters(self.base.model):
+            name = self.names[adapter]
+            detach(self.base.model, adapter)
+            del self._prepared[name]
+            self.release(name)
+
     def prepare(self, recipes: Mapping[str, Recipe]) -> Iterator[tuple[str, Event]]:
         """Check the recipes, read their rows, and see that there is room for them beside those
         that train. Raises ConfigError for all that is wrong with them."""
@@ -191,7 +201,7 @@ class _Runs:
                     recipe,
                     resume=self._resumed[name],
                     force=self.force,
-                    ignore_space=self.ignore_plan,
+                    ignore_space=True,  # that of all of them together is checked below
                     beside=self._ahead,
                 )
                 self._ahead = self._ahead or ahead
@@ -207,7 +217,7 @@ class _Runs:
                     yield name, Notice(killed)
         problems.end()
         if not self.ignore_plan:
-            check_space_together(begun.values(), self.device)
+            check_space_together(begun.values(), self.device, merges=self.merges)
         new: dict[str, Prepared] = {}
         for name, ahead in begun.items():
             with problems.of(name):
@@ -374,5 +384,6 @@ def _key_of_rows(ahead: Preflight) -> Any:
     """Return all that decides a run's rows and what is said of them, to compare it by."""
     recipe = ahead.recipe
     reports = recipe.out if recipe.rows.deduplicate or recipe.rows.skip_bad_rows else None
-    of_rows = (recipe.objective.shape, recipe.lora.invocation, reports)
+    objective = recipe.objective
+    of_rows = (objective.shape, objective.is_ranking, recipe.lora.invocation, reports)
     return (tuple(spelt(recipe.data)), recipe.rows, recipe.training.seed, *of_rows)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from veneer.errors import Checks, ConfigError
+from veneer.training.many.tune import EXTENDS
 from veneer.training.preflight import Preflight, preflight
 from veneer.training.recipe import Recipe
 from veneer.training.rows import RunRows
-from veneer.training.search.directory import TRIALS
 from veneer.training.search.space import Space, Values, with_values
 
 
@@ -18,6 +16,10 @@ def check_kind(recipe: Recipe) -> None:
         raise ConfigError(
             f"A search is over low-rank adapters, and {recipe.method.method} is none."
         )
+    if recipe.rows.new_words is not None:
+        raise ConfigError(f"Trials share one base, and new_words {EXTENDS}")
+    if recipe.training.context_parallel > 1 or recipe.training.replay_passes:
+        raise ConfigError("Trials train together; context_parallel and replay_passes do not.")
     if recipe.objective.shape == "prompts":
         raise ConfigError(
             f"Trials train together, and {recipe.objective.objective} learns from samples of its "
@@ -39,9 +41,8 @@ def check_held_out(rows: RunRows, space: Space) -> None:
         )
 
 
-def checked_values(recipe: Recipe, space: Space, *, ignore_space: bool) -> Preflight:
+def checked_values(recipe: Recipe, space: Space) -> Preflight:
     """Check the recipe before its base is loaded, with each of the values that it may have."""
-    recipe = replace(recipe, out=recipe.out / TRIALS / "000")
     checks = Checks("There can be no such search")
 
     def checked(values: dict[str, object], beside: Preflight | None) -> Preflight | None:
@@ -50,7 +51,7 @@ def checked_values(recipe: Recipe, space: Space, *, ignore_space: bool) -> Prefl
                 with_values(recipe, values),
                 resume=False,
                 force=True,  # of the trials before, which are asked for by their search
-                ignore_space=ignore_space,
+                ignore_space=True,  # trials write less than runs; each is checked as it begins
                 beside=beside,
             )
         return None

@@ -104,7 +104,7 @@ def search(
     grid = grid_of(space, most=config.trials) if config.sampler == "grid" else []
     grid = grid or few_of(space, most=config.trials)
     check_directory(recipe.out, resume=resume, force=force)
-    ahead = checked_values(recipe, space, ignore_space=ignore_plan)
+    ahead = checked_values(recipe, space)
     prepared = yield from named(ALL, prepare(ahead))
     check_held_out(prepared.rows, space)
     lock = RunLock(recipe.out)
@@ -203,9 +203,8 @@ class _Trials:
             self.most = self.drawn + self.study.enqueued
 
     def first(self) -> dict[str, Recipe]:
-        """Return the trials that begin before the others: those that a search was interrupted in,
-        or else one."""
-        return self._next(max(1, min(len(self.waiting), self.together)))
+        """Return the trial that begins before the others, which join it where there is memory."""
+        return self._next(1)
 
     def joining(self) -> dict[str, Recipe]:
         """Return the trials that begin now, in the places of those that have ended."""
@@ -240,7 +239,10 @@ class _Trials:
 
     def _recipe(self, trial: TrialResult) -> Recipe:
         recipe = with_values(self.recipe, trial.values)
-        course = recipe.training
+        course, share = recipe.training, self.config.share
+        if share < 1 and self.prepared.recipe.training.steps is None:
+            steps = self.steps_of(course.tokens_per_step, course.seed)
+            course = replace(course, epochs=None, steps=math.ceil(share * steps))
         if course.eval_every is None:
             steps = course.steps or self.steps_of(course.tokens_per_step, course.seed)
             course = replace(course, eval_every=math.ceil(steps / self.evaluations))
@@ -305,7 +307,7 @@ class _Trials:
                 yield self._complete(name, place)
             case Failed(error):
                 state: State = "pruned" if isinstance(error, DivergedError) else "failed"
-                yield self._end(name, state, why=str(error))
+                yield self._end(name, state, why=event.why)
 
     def late(self) -> Iterator[tuple[str, Event]]:
         """Yield what is unsaid."""
