@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from sqlite3 import connect
@@ -410,6 +411,25 @@ def test_who_came_first_to_a_point_makes_way_once_others_are_better(tmp_path):
     assert study.overtaken() == {first, second}
     assert not study.report(second, 67, 1.8)
     assert study.overtaken() == {first}
+
+
+def test_the_best_never_makes_way_however_far_it_got_when_it_was_overtaken(tmp_path):
+    trials = object.__new__(_Trials)
+    space = {"lr": Range(1e-3, 1e-1, log=True, whole=False)}
+    trials.study = SearchStudy(tmp_path / "study.db", space, CONFIG, seed=0)
+    trials.unsaid, trials.leaving = [], set()
+    trials.training = {trial.name: trial for trial in (trials.study.ask(), trials.study.ask())}
+    first, second = trials.training
+    trials.steps = {first: 9, second: 9}
+
+    def leaving_after(name: str, step: int, loss: float) -> set[str]:
+        list(trials.take(name, Evaluated(step, loss, math.exp(loss), True)))
+        return trials.leaving
+
+    assert leaving_after(first, 1, 2.0) == set()
+    assert leaving_after(second, 1, 1.9) == {first}
+    assert leaving_after(first, 3, 1.2) == set()  # it came that far with its last pass
+    assert leaving_after(second, 3, 1.4) == {second}
 
 
 def test_a_file_that_is_no_study_is_refused_with_what_to_do(tmp_path):

@@ -292,6 +292,9 @@ class _Trials:
             case Evaluated(step, loss) if step:
                 trial = self.training[name]
                 done = round(100 * step / self.steps[name])
+                # Whoever was overtaken, and got here all the same, is judged by where it is now:
+                # its loss counts for the others, and if the best made way there would be none.
+                self.leaving.discard(name)
                 if math.isfinite(loss):
                     self.training[name] = replace(trial, losses={**trial.losses, done: loss})
                 if done not in trial.losses and self.study.report(trial.number, done, loss):
