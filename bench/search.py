@@ -31,7 +31,7 @@ from veneer.training.search.space import with_values
 RATES, RANKS, TARGETS = (1e-4, 1e-2), (4, 8, 16, 64), ("attention", "all")
 # So few that the best comes to its end within the time of eight whole ones, on the smallest bases
 # too, where beginning a trial costs as much as its first steps.
-TRIALS, TOGETHER = 22, 4
+TRIALS, TOGETHER = 14, 4
 OVER = {"lr": f"{RATES[0]}..{RATES[1]}", "rank": RANKS, "targets": TARGETS}
 
 
