@@ -68,15 +68,13 @@ def test_jobs_join_leave_and_end_by_themselves(server, create):
 
 
 def test_a_result_that_cannot_be_loaded_ends_no_other_job(server, create, monkeypatch):
-    server.wait.write_text("4")
-    client = client_of(server)
-    first, second = create(steps=5), create(steps=3)
-    until_step(client, first.id, 1)
-
     def load(name):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(server.jobs.served.engine, "load", load)
+    server.wait.write_text("4")
+    client = client_of(server)
+    first, second = create(steps=5), create(steps=3)
     until(client, second.id, "succeeded", "failed")
     message = "It cannot be served: loading it ended in RuntimeError: out of memory"
     assert any(text.startswith(message) for text in texts(client, second))
@@ -87,15 +85,13 @@ def test_a_result_that_cannot_be_loaded_ends_no_other_job(server, create, monkey
 
 
 def test_an_end_that_cannot_be_noted_fails_that_job_alone(server, create, monkeypatch):
-    server.wait.write_text("4")
-    client = client_of(server)
-    first, second = create(steps=5), create(steps=3)
-    until_step(client, first.id, 1)
-
     def keep_results(job):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(server.jobs.supervisor, "keep_results", keep_results)
+    server.wait.write_text("4")
+    client = client_of(server)
+    first, second = create(steps=5), create(steps=3)
     assert until(client, second.id, "succeeded", "failed").error.code == "server_error"
     until_step(client, first.id, 4)
     assert client.fine_tuning.jobs.retrieve(first.id).status == "running"

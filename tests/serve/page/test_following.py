@@ -188,6 +188,7 @@ def test_a_result_that_cannot_be_served_is_not_exchanged_for_another(training_si
 
 def test_the_error_of_a_look_goes_with_the_next(page):
     page.get_by_text("None yet.").first.wait_for()
-    page.route("**/api/runs", lambda route: route.fulfill(status=503), times=1)
+    page.route("**/api/runs", lambda route: route.fulfill(status=503))
     page.locator("#fault").filter(has_text="answered 503").wait_for()
+    page.unroute("**/api/runs")
     expect(page.locator("#fault")).to_be_hidden()
