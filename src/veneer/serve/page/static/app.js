@@ -4,8 +4,8 @@ import { method, showAdapters } from "./adapters.js";
 import { get } from "./api.js";
 import { startChat } from "./chat.js";
 import { startCompare } from "./compare.js";
-import { byId, bytes, make, showError } from "./dom.js";
-import { followRuns, showRuns } from "./runs.js";
+import { byId, bytes, follow, make, showError } from "./dom.js";
+import { showRuns } from "./runs.js";
 import { fitSettings, addSettings, propose } from "./settings.js";
 import { offerBases, openTraining, startTraining } from "./train.js";
 
@@ -88,5 +88,5 @@ startCompare(isAdapter);
 byId("chat-model").addEventListener("change", describeModel);
 window.addEventListener("hashchange", () => show({ focus: true }));
 show({ focus: false });
-followRuns(() => view() === "runs");
+follow(() => view() === "runs", showRuns);
 startTraining(() => view() === "train" && served.training, chatWith);

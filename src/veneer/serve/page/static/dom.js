@@ -31,9 +31,21 @@ export function showError(error) {
   banner.hidden = !error;
 }
 
-// Take an error away that holds no more, unless another one is shown by now.
-export function clearError(error) {
-  if (error && byId("fault").textContent === error.message) showError(null);
+// Look again every second while a view is on the screen. The error of a look goes with the next.
+export async function follow(isShown, show) {
+  let failure = null;
+  for (;;) {
+    if (isShown() && !document.hidden) {
+      try {
+        await show();
+        if (failure && byId("fault").textContent === failure.message) showError(null);
+        failure = null;
+      } catch (error) {
+        if (isShown()) showError(failure = error);
+      }
+    }
+    await new Promise((resolve) => setTimeout(resolve, 1000));
+  }
 }
 
 export const bytes = (n) =>

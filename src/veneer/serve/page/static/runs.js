@@ -2,7 +2,7 @@
 
 import { get } from "./api.js";
 import { curve, curves } from "./curve.js";
-import { announce, byId, clearError, duration, facts, make, showError } from "./dom.js";
+import { announce, byId, duration, facts, make, showError } from "./dom.js";
 
 const number = (value) => (value == null ? null : value.toFixed(3));
 const speed = (run) => (run.tokens_per_second == null ? null : `${Math.round(run.tokens_per_second).toLocaleString("en")} tokens/s`);
@@ -122,22 +122,4 @@ export async function showRuns() {
     }
   }
   await showCompared(runs);
-}
-
-// Look again every second while the view is on the screen.
-export function followRuns(isShown) {
-  let failure = null; // of the last look
-  const look = async () => {
-    if (isShown() && !document.hidden) {
-      try {
-        await showRuns();
-        clearError(failure);
-        failure = null;
-      } catch (error) {
-        showError(failure = error);
-      }
-    }
-    setTimeout(look, 1000);
-  };
-  look();
 }

@@ -3,7 +3,7 @@
 import { get, post, save, upload } from "./api.js";
 import { curve } from "./curve.js";
 import { drawnOf } from "./drawn.js";
-import { announce, byId, bytes, clearError, duration, facts, make, showError } from "./dom.js";
+import { announce, byId, bytes, duration, facts, follow, make, showError } from "./dom.js";
 import { layersButton } from "./layers.js";
 import { mergeOf } from "./merge.js";
 import { MEANS, chosenMethod, offerMethod, rowView } from "./method.js";
@@ -259,18 +259,5 @@ export function startTraining(isShown, chat) {
       if (name === "drop" && event.dataTransfer.files[0]) take(event.dataTransfer.files[0]);
     });
   }
-  let failure = null; // of the last look
-  const look = async () => {
-    if (isShown() && !document.hidden) {
-      try {
-        await showJobs();
-        clearError(failure);
-        failure = null;
-      } catch (error) {
-        if (isShown()) showError(failure = error);
-      }
-    }
-    setTimeout(look, 1000);
-  };
-  look();
+  follow(isShown, showJobs);
 }
