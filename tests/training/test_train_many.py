@@ -127,6 +127,40 @@ def test_an_error_in_a_pass_of_its_own_ends_its_own_job_alone(monkeypatch):
     assert sum(isinstance(event, Step) for name, event in events if name == "two") == 4
 
 
+def test_a_job_of_a_kind_that_trains_two_at_a_time_joins_without_another_proof(monkeypatch):
+    proofs: list[list[str]] = []
+
+    def noted(forward: Any, model: Any, names: Any, rows: Any) -> Any:
+        proofs.append(list(names))
+        return {name: "its kind" for name in names if name.startswith("prompt")}
+
+    monkeypatch.setattr(many, "why_alone", noted)
+    model = tiny("llama")
+    dora, prompt = veneer.LoRA(dora=True), veneer.Method(method="prompt", virtual_tokens=2)
+    kinds = {"one": veneer.LoRA(rank=1), "two": veneer.LoRA(rank=2, alpha=3), "prompt": prompt}
+    joins = [
+        {"three": veneer.LoRA(rank=4)},  # as one and two
+        {"dora": dora},  # the first of its kind
+        {"doras": dora, "four": veneer.LoRA(rank=1)},  # with which nothing shared a pass
+        {"prompts": prompt, "last": dora},
+    ]
+    expected = [["one", "two", "prompt"], ["dora"], ["doras", "four"]]
+
+    def joining() -> dict[str, veneer.Job]:
+        return attached(joins.pop(0)) if joins else {}
+
+    def attached(configs: Any) -> dict[str, veneer.Job]:
+        for name, config in configs.items():
+            veneer.attach(model, config, name=name, seed=0)
+        return dict.fromkeys(configs, job(steps=12))
+
+    events = list(veneer.train_many(model, attached(kinds), joining=joining))
+    assert [names[-len(each) :] for names, each in zip(proofs, expected, strict=True)] == expected
+    notices = [(name, event.text) for name, event in events if isinstance(event, Notice)]
+    assert {name for name, text in notices if "its kind" in text} == {"prompt", "prompts"}
+    assert sum(isinstance(event, Ended) for _, event in events) == 9
+
+
 def test_rows_of_single_tokens_are_learnt_by_their_own_job_alone(tmp_path):
     model = veneer.attach(tiny("llama"), veneer.LoRA(rank=1), seed=0)
     path, weight = "model.embed_tokens", model.get_input_embeddings().weight.detach()

@@ -8,7 +8,7 @@ depends on it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -101,15 +101,21 @@ def why_alone(
     return reasons | (dict.fromkeys(sharing, why_none) if why_none else {})
 
 
+def kind_of(model: PreTrainedModel, name: str) -> Hashable:
+    """Return what adapters have in common that differ in ranks and other numbers alone: the same
+    functions compute them."""
+    config = active_adapters_of(model).configs[name]
+    values = asdict(config).values()
+    kind = (bool(each) if isinstance(each, int | float) else str(each) for each in values)
+    return type(config), *kind
+
+
 def _two_of_each_kind(model: PreTrainedModel, names: Sequence[str]) -> list[str]:
-    """Return at most two adapters of each kind: those of a kind differ in ranks and other numbers,
-    and the same functions compute them. A mapped base is read from disk at each pass of a trial."""
-    configs = active_adapters_of(model).configs
-    kinds: dict[tuple[Any, ...], list[str]] = {}
+    """Return at most two adapters of each kind. A mapped base is read from disk at each pass of a
+    trial."""
+    kinds: dict[Hashable, list[str]] = {}
     for name in names:
-        values = asdict(configs[name]).values()
-        kind = (bool(each) if isinstance(each, int | float) else str(each) for each in values)
-        kinds.setdefault((type(configs[name]), *kind), []).append(name)
+        kinds.setdefault(kind_of(model, name), []).append(name)
     return [name for alike in kinds.values() for name in alike[:2]]
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +15,7 @@ from veneer.adapter.use import acting, in_use
 from veneer.errors import ConfigError, VeneerError, joined
 from veneer.fused.forward import Forward, choose_forward
 from veneer.fused.shared_prompts import notices_of
-from veneer.fused.together import backward_together, why_alone
+from veneer.fused.together import backward_together, kind_of, why_alone
 from veneer.kernels.heap import kept_heap
 from veneer.processes.world import World
 from veneer.training.begin import let_train
@@ -113,6 +114,16 @@ def _check(jobs: Iterable[Job]) -> None:
         raise ConfigError(f"These jobs cannot train together: {joined(problems)}.")
 
 
+def _kind(job: RunningJob) -> Hashable:
+    """Return what decides which functions compute a job's passes."""
+    of_job = job.job
+    return (
+        kind_of(job.model, job.name),
+        bool(of_job.examples[0].second),
+        of_job.objective.is_ranking,
+    )
+
+
 def _until_a_step(job: RunningJob) -> Iterator[tuple[str, Event]]:
     """Yield a job's events until it has a step to learn, or has ended, be it by an error."""
     try:
@@ -135,18 +146,24 @@ def _failed(job: RunningJob, error: Exception) -> tuple[str, Event]:
 @dataclass(frozen=True, eq=False)
 class _Passes:
     """How passes are computed, as long as no adapter is attached; `alone`: by the names of jobs
-    whose batches share none, why."""
+    whose batches share none, why; `proven`: the kinds of jobs that the proof of it covers, with the
+    same: one more of them needs no other."""
 
     model: PreTrainedModel
     forward: Forward
     remarks: Sequence[str]
     alone: Mapping[str, str]
+    proven: Mapping[Hashable, str | None]
 
     @classmethod
     def of(
         cls, running: Sequence[RunningJob], begun: RunningJob, before: _Passes | None
     ) -> _Passes:
         """Return how passes are computed for these jobs; `begun` is one that is new."""
+        kinds = {each.name: _kind(each) for each in running}
+        if before is not None and before.proven.keys() >= set(kinds.values()):
+            whys = {name: before.proven[kind] for name, kind in kinds.items()}
+            return replace(before, alone={name: why for name, why in whys.items() if why})
         model, of_jobs = begun.model, [each.job.examples for each in (begun, *running)]
         rows = next((rows for rows in of_jobs if rows[0].second), of_jobs[0])  # pairs share prompts
         with begun.turn():
@@ -158,8 +175,15 @@ class _Passes:
         if rows[0].second:  # of which other jobs have others, or none
             of_these = notices_of(rows, forward.unshared)
             remarks = [each for each in remarks if each not in of_these]
-        alone = why_alone(forward, model, [each.name for each in running], rows)
-        return cls(model, forward, remarks, alone)
+        alone = why_alone(forward, model, [*kinds], rows)
+        count = Counter(kinds.values())
+        # Of a kind with one job none shares a pass with another of its kind yet.
+        proven = {
+            kind: alone.get(name)
+            for name, kind in kinds.items()
+            if count[kind] > 1 or name in alone
+        }
+        return cls(model, forward, remarks, alone, proven)
 
     def notices(self, each: RunningJob) -> list[Notice]:
         """Return what is to be known of the passes of a job."""
