@@ -40,7 +40,14 @@ from veneer.training.many import tune as many_runs
 from veneer.training.many.planned import DoesNotFit
 from veneer.training.search import study
 from veneer.training.search.directory import clear
-from veneer.training.search.result import Cost, SearchBegun, TrialBegun, TrialEnded, markdown
+from veneer.training.search.result import (
+    Cost,
+    SearchBegun,
+    TrialBegun,
+    TrialEnded,
+    TrialResult,
+    markdown,
+)
 from veneer.training.search.run import _Trials
 from veneer.training.search.space import Range
 from veneer.training.search.study import SearchStudy, study_errors
@@ -84,6 +91,7 @@ def searched(home) -> SimpleNamespace:
         return any(isinstance(event, TrialEnded) for _, event in events)
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "LEAST", 1)  # so that trials of nine steps are judged
         patch.setattr(many, "backward_together", one_by_one)
         measured = Mock(side_effect=run.measure)
         patch.setattr(run, "measure", measured)
@@ -357,9 +365,9 @@ def test_a_full_disk_is_an_error_of_the_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "connect", small)
     pages = 9
     with pytest.raises(StorageError, match=r"a/study\.db cannot be written: the disk is full"):
-        SearchStudy(tmp_path / "a" / "study.db", {}, CONFIG, seed=0)
+        SearchStudy(tmp_path / "a" / "study.db", {}, CONFIG, seed=0, steps=72)
     pages, path = 99, tmp_path / "study.db"
-    kept = SearchStudy(path, {}, CONFIG, seed=0)
+    kept = SearchStudy(path, {}, CONFIG, seed=0, steps=72)
     with pytest.raises(StorageError, match="full"), study_errors(path):
         kept.settle({"data": "x" * 10**6})
     with pytest.raises(ZeroDivisionError), study_errors(path):
@@ -397,7 +405,7 @@ def test_no_trial_begins_after_the_minutes_however_many_have_ended_since(monkeyp
 def test_who_came_first_to_a_point_makes_way_once_others_are_better(tmp_path):
     space = {"lr": Range(1e-3, 1e-1, log=True, whole=False)}
     file = tmp_path / "as an address? %41 {it} is#another" / "study.db"
-    study = SearchStudy(file, space, CONFIG, seed=0)
+    study = SearchStudy(file, space, CONFIG, seed=0, steps=72)
     assert file.exists()
     first, second, third = (study.ask().number for _ in range(3))
     assert not study.report(first, 11, 3.0)
@@ -413,10 +421,29 @@ def test_who_came_first_to_a_point_makes_way_once_others_are_better(tmp_path):
     assert study.overtaken() == {first}
 
 
+@pytest.mark.parametrize(
+    ("steps", "points"),
+    [(72, [11, 33]), (67, [11, 33]), (66, [33]), (24, [33]), (23, [67]), (12, [67]), (11, [])],
+)
+def test_no_trial_is_judged_by_its_first_steps(tmp_path, steps, points):
+    halving = SearchStudy(tmp_path / "halving.db", {}, CONFIG, seed=0, steps=steps)
+    assert halving.points == points
+    median = SearchStudy(
+        tmp_path / "median.db", {}, veneer.SearchConfig(pruner="median"), seed=0, steps=steps
+    )
+    for _ in range(5):
+        number = median.ask().number
+        for ninth in range(1, 9):
+            bad, step = number == 4, math.ceil(ninth * steps / 9)
+            makes_way = median.report(number, round(100 * step / steps), float(bad))
+            assert makes_way == (bad and 8 <= step < steps)
+        median.end(TrialResult(number, {}, "complete", {100: 0.0}))
+
+
 def test_the_best_never_makes_way_however_far_it_got_when_it_was_overtaken(tmp_path):
     trials = object.__new__(_Trials)
     space = {"lr": Range(1e-3, 1e-1, log=True, whole=False)}
-    trials.study = SearchStudy(tmp_path / "study.db", space, CONFIG, seed=0)
+    trials.study = SearchStudy(tmp_path / "study.db", space, CONFIG, seed=0, steps=72)
     trials.unsaid, trials.leaving = [], set()
     trials.training = {trial.name: trial for trial in (trials.study.ask(), trials.study.ask())}
     first, second = trials.training
@@ -435,7 +462,7 @@ def test_the_best_never_makes_way_however_far_it_got_when_it_was_overtaken(tmp_p
 def test_a_file_that_is_no_study_is_refused_with_what_to_do(tmp_path):
     (tmp_path / "study.db").write_text("no database, whatever its name says" * 9)
     with pytest.raises(veneer.VeneerError, match=r"study\.db cannot be opened .* --force"):
-        SearchStudy(tmp_path / "study.db", {}, CONFIG, seed=0)
+        SearchStudy(tmp_path / "study.db", {}, CONFIG, seed=0, steps=72)
 
 
 @pytest.mark.slow  # the parts are held in test_search_space.py, and by the search above

@@ -28,9 +28,10 @@ class SearchConfig:
     """Who draws the settings of a trial: Optuna's tpe, which learns from the trials before it;
     random; or grid, all combinations of values in their order."""
     pruner: Pruner = "halving"
-    """Which trials end early: those that are not of the best third so far at a ninth and at a third
-    of their steps (halving); those worse than the median of the others at any ninth of them
-    (median); or none."""
+    """Which trials end early, none of them before its eighth step: those that are not of the best
+    third so far at a ninth and at a third of their steps (halving; where a ninth is less than eight
+    steps at a third alone, and where that is, at two thirds); those worse than the median of the
+    others at any ninth of them (median); or none."""
 
     def __post_init__(self) -> None:
         check_config(

@@ -62,9 +62,8 @@ from veneer.training.search.space import (
     with_values,
 )
 from veneer.training.search.study import (
-    KEEP_ONE_OF,
-    MEASUREMENTS,
-    SECOND,
+    NINTH,
+    THIRD,
     SearchStudy,
     study_errors,
 )
@@ -162,17 +161,17 @@ class _Trials:
         # A rate that the recipe leaves open is chosen by each trial for itself.
         course = replace(prepared.recipe.training, lr=recipe.training.lr)
         self.steps_of = cache(self._steps_of)
+        steps = course.steps or self.steps_of(course.tokens_per_step, course.seed)
+        if config.share < 1:
+            steps = math.ceil(config.share * steps)
+            course = replace(course, epochs=None, steps=steps)
+        self.recipe = replace(prepared.recipe, training=course)
+        seed = recipe.training.seed % 2**32
+        self.study = SearchStudy(recipe.out / STUDY, space, config, seed=seed, steps=steps)
         # Evaluations cost as much as many steps where few rows are learnt from: no more of them
         # than the pruner asks for.
-        self.evaluate_at = [Fraction(1, MEASUREMENTS)] if config.pruner == "halving" else []
-        self.evaluations = MEASUREMENTS if config.pruner == "median" else KEEP_ONE_OF
-        if config.share < 1:
-            steps = course.steps or self.steps_of(course.tokens_per_step, course.seed)
-            course = replace(course, epochs=None, steps=math.ceil(config.share * steps))
-        self.recipe = replace(prepared.recipe, training=course)
-        self.study = SearchStudy(
-            recipe.out / STUDY, space, config, seed=recipe.training.seed % 2**32
-        )
+        self.evaluate_at = [Fraction(1, 9)] if NINTH in self.study.points else []
+        self.evaluations = 9 if config.pruner == "median" else 3
         of_space = {name: str(each) for name, each in space.items()}
         self.study.settle({**settings_of(self.recipe), "data": prepared.data, "over": of_space})
         self.unsaid: list[tuple[str, Event]] = []
@@ -265,7 +264,7 @@ class _Trials:
     def saves(self, name: str) -> bool:
         """Return whether a trial's state is worth a checkpoint: one that is stopped to go on, or
         that has come so far that it may well go to its end."""
-        far = max(self.training[name].losses, default=0) >= SECOND
+        far = max(self.training[name].losses, default=0) >= THIRD
         return name not in self.leaving and (far or self.asked_to_stop())
 
     def take(self, name: str, event: Event) -> Iterator[tuple[str, Event]]:

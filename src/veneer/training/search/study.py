@@ -7,9 +7,10 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from sqlite3 import connect
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from veneer.errors import ConfigError, VeneerError, joined
 from veneer.files import storage_error
@@ -20,15 +21,14 @@ from veneer.training.search.space import Range, Space, Value, Values
 if TYPE_CHECKING:
     from optuna import Study
     from optuna.distributions import BaseDistribution
-    from optuna.pruners import BasePruner
     from optuna.trial import FrozenTrial, Trial
 
 NAME = "veneer"  # of the study in its file
-# Successive halving by three: trials are judged at a ninth of their steps and at a third.
-MEASUREMENTS, KEEP_ONE_OF = 9, 3
+# Successive halving by three: trials are judged at a ninth and at a third of their steps, in per
+# cents, but not before LEAST steps, for the first few say little of the rest.
+NINTH, THIRD, TWO_THIRDS = 11, 33, 67
+LEAST, KEEP_ONE_OF = 8, 3
 AT_RANDOM = 10  # trials, at most, of which the sampler learns before it chooses
-# Per cent of the steps at which halving judges trials.
-FIRST, SECOND = 100 // MEASUREMENTS, 100 // KEEP_ONE_OF
 # Attributes of the study, and of its trials.
 SETTINGS, SPEED, SECONDS, STEPS = "settings", "tokens a second alone", "seconds", "steps"
 
@@ -54,10 +54,14 @@ def study_errors(path: Path) -> Iterator[None]:
 class SearchStudy:
     """A study in a file: trials are asked of it, and told how they go.
 
+    steps: of a trial. points: the per cents of them at which halving judges trials.
+
     Raises VeneerError where Optuna, which comes with the extra `search`, is not installed.
     """
 
-    def __init__(self, path: Path, space: Space, config: SearchConfig, *, seed: int) -> None:
+    def __init__(
+        self, path: Path, space: Space, config: SearchConfig, *, seed: int, steps: int
+    ) -> None:
         try:
             import optuna
         except ImportError as error:
@@ -65,7 +69,10 @@ class SearchStudy:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         path.parent.mkdir(parents=True, exist_ok=True)
         samplers = optuna.samplers
-        self._optuna, self._space, self._halves = optuna, space, config.pruner == "halving"
+        self._optuna, self._space = optuna, space
+        ways = ([NINTH, THIRD], [THIRD], [TWO_THIRDS])
+        judged = next((points for points in ways if points[0] >= 100 * LEAST // steps), [])
+        self.points = judged if config.pruner == "halving" else []
         try:
             self.study: Study = optuna.create_study(
                 storage=optuna.storages.RDBStorage(
@@ -75,7 +82,11 @@ class SearchStudy:
                 ),
                 study_name=NAME,
                 load_if_exists=True,
-                pruner=self._pruner(config.pruner),
+                pruner=optuna.pruners.MedianPruner(
+                    n_startup_trials=4, n_warmup_steps=max(NINTH, 100 * LEAST // steps)
+                )
+                if config.pruner == "median"
+                else optuna.pruners.NopPruner(),  # for halving see `overtaken`
             )
         except Exception as error:  # SQLAlchemy's, of many kinds
             why = str(error).partition("\n")[0]
@@ -98,14 +109,6 @@ class SearchStudy:
         )
         self._live: dict[int, Trial] = {}  # by number
         self._distributions = {name: self._distribution(each) for name, each in space.items()}
-
-    def _pruner(self, name: Literal["halving", "median", "none"]) -> BasePruner:
-        pruners = self._optuna.pruners
-        if name == "none":
-            return pruners.NopPruner()
-        if name == "median":
-            return pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=FIRST)
-        return pruners.SuccessiveHalvingPruner(min_resource=FIRST, reduction_factor=KEEP_ONE_OF)
 
     def _distribution(self, each: Range | Values) -> BaseDistribution:
         kinds = self._optuna.distributions
@@ -151,7 +154,7 @@ class SearchStudy:
 
     def report(self, number: int, done: int, loss: float) -> bool:
         """Note the loss of a trial that has done so many per cent of its steps, and return whether
-        it is to make way for another."""
+        it is to make way for another whatever the others that train do."""
         if not math.isfinite(loss):
             return done < 100
         trial = self._live[number]
@@ -160,15 +163,12 @@ class SearchStudy:
 
     def overtaken(self) -> set[int]:
         """Return the trials that train which by now are not among the best at the point that they
-        came past last: whoever comes to one first goes past it, however bad."""
-        if not self._halves:
-            return set()
+        came past last. Whoever comes to one first goes past it, however bad, and is judged again
+        by each that comes later."""
         trials = self.study.get_trials(deepcopy=False)
         overtaken: set[int] = set()
-        for point, until in ((FIRST, SECOND), (SECOND, 2 * SECOND)):
-            losses: dict[
-                int, float
-            ] = {}  # of each trial, at the point or as soon after as measured
+        for point, until in pairwise((*self.points, *(2 * last for last in self.points[-1:]))):
+            losses: dict[int, float] = {}  # at the point, or as soon after as measured
             for trial in trials:
                 measured = trial.intermediate_values
                 if (done := min((d for d in measured if d >= point), default=None)) is not None:
