@@ -2,7 +2,8 @@
 constant that suits one processor."""
 
 import copy
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -19,10 +20,16 @@ def assert_no_further(
     """Assert that ours is no further from a float64 reference than the peer's is, times 2, plus
     `slack` of the reference's own length, or of `least` where that is more (law 3)."""
     assert ours.shape == theirs.shape == reference.shape, what
+    own, peer, length = _distances(ours, theirs, reference)
+    limit = 2 * peer + slack * max(length, least)
+    assert own <= limit, f"{what}: {own:.3g} from the reference, where the peer is {peer:.3g}"
+
+
+def _distances(ours: Tensor, theirs: Tensor, reference: Tensor) -> tuple[float, float, float]:
+    """Return how far ours and the peer's are from a reference, and its length."""
     wide = reference.double()
     own, peer = ((one.double() - wide).norm().item() for one in (ours, theirs))
-    limit = 2 * peer + slack * max(wide.norm().item(), least)
-    assert own <= limit, f"{what}: {own:.3g} from the reference, where the peer is {peer:.3g}"
+    return own, peer, wide.norm().item()
 
 
 def assert_gradients_no_further(
@@ -30,10 +37,31 @@ def assert_gradients_no_further(
 ) -> None:
     """Assert it of each gradient. One that cancels to nothing, as that of a bias of the keys does
     before a softmax, is judged by a thousandth of the longest."""
-    assert ours.keys() == theirs.keys() == reference.keys() != set()
-    least = max(gradient.norm().item() for gradient in reference.values()) / 1000
+    least = _least(ours, theirs, reference)
     for name, gradient in reference.items():
         assert_no_further(ours[name], theirs[name], gradient, name, least=least)
+
+
+def assert_gradients_no_further_as_a_rule(draws: Sequence[Sequence[Mapping[str, Tensor]]]) -> None:
+    """Assert it of each gradient in the geometric mean over several draws of weights, each of them
+    ours, the peer's and the reference. All gradients of one draw come from the same few rounded
+    states, which are near the reference by chance, or far: one of one draw says little."""
+    leasts = [_least(*each) for each in draws]
+    for name in draws[0][2]:
+        excess = 0.0
+        for each, least in zip(draws, leasts, strict=True):
+            own, peer, length = _distances(*(gradients[name] for gradients in each))
+            slack = 1e-6 * max(length, least)
+            excess += math.log(max(own, slack) / (2 * peer + slack)) / len(draws)
+        assert excess <= 0, f"{name}: {math.exp(excess):.3g} times as far as it may be"
+
+
+def _least(
+    ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], reference: Mapping[str, Tensor]
+) -> float:
+    """Return the least length by which a gradient is judged."""
+    assert ours.keys() == theirs.keys() == reference.keys() != set()
+    return max(gradient.norm().item() for gradient in reference.values()) / 1000
 
 
 def assert_same_logits(
