@@ -13,7 +13,7 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -92,6 +92,15 @@ def table(result: SearchResult, rates: Sequence[float], ranks: Sequence[int]) ->
     return "\n".join(lines)
 
 
+def given(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> Iterator[str]:
+    """Yield what decides the figures: all flags that were given, but for places of this machine."""
+    for name, value in vars(asked).items():
+        if value != parser.get_default(name) and not isinstance(value, Path):
+            yield f"--{name.replace('_', '-')}"
+            values = value if isinstance(value, list) else [] if value is True else [value]
+            yield from map(str, values)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2-135m")
@@ -107,7 +116,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="onto docs/choosing.md")
     asked = parser.parse_args()
     quieten_libraries()
-    command = " ".join(["python -m bench.choosing", *sys.argv[1:]])
+    command = " ".join(["python -m bench.choosing", *given(parser, asked)])
     sections = [
         f"{MARK}\n\n`{command}`: {asked.model}, LoRA on all linear layers, alpha twice the rank, "
         f"{asked.steps} steps of at most {asked.tokens} tokens. Columns are learning rates.\n"
