@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -132,19 +133,19 @@ def test_a_job_of_a_kind_that_trains_two_at_a_time_joins_without_another_proof(m
 
     def noted(forward: Any, model: Any, names: Any, rows: Any) -> Any:
         proofs.append(list(names))
-        return {name: "its kind" for name in names if name.startswith("prompt")}
+        return own(forward, model, names, rows)
 
+    own = many.why_alone
     monkeypatch.setattr(many, "why_alone", noted)
     model = tiny("llama")
-    dora, prompt = veneer.LoRA(dora=True), veneer.Method(method="prompt", virtual_tokens=2)
-    kinds = {"one": veneer.LoRA(rank=1), "two": veneer.LoRA(rank=2, alpha=3), "prompt": prompt}
+    plain, dora = veneer.LoRA(rank=1), veneer.LoRA(dora=True)
+    prompt = veneer.Method(method="prompt", virtual_tokens=2)
     joins = [
         {"three": veneer.LoRA(rank=4)},  # as one and two
         {"dora": dora},  # the first of its kind
-        {"doras": dora, "four": veneer.LoRA(rank=1)},  # with which nothing shared a pass
-        {"prompts": prompt, "last": dora},
+        {"doras": dora, "four": plain},  # with which nothing shared a pass
+        {"last": dora, "five": plain},
     ]
-    expected = [["one", "two", "prompt"], ["dora"], ["doras", "four"]]
 
     def joining() -> dict[str, veneer.Job]:
         return attached(joins.pop(0)) if joins else {}
@@ -154,10 +155,13 @@ def test_a_job_of_a_kind_that_trains_two_at_a_time_joins_without_another_proof(m
             veneer.attach(model, config, name=name, seed=0)
         return dict.fromkeys(configs, job(steps=12))
 
-    events = list(veneer.train_many(model, attached(kinds), joining=joining))
-    assert [names[-len(each) :] for names, each in zip(proofs, expected, strict=True)] == expected
+    first = {"one": plain, "two": veneer.LoRA(rank=2, alpha=3), "prompt": prompt}
+    events = list(veneer.train_many(model, attached(first), joining=joining))
+    earlier = ["one", "two", "prompt"]
+    others = [["three", "dora"], ["doras", "four"]]
+    assert proofs == [earlier, earlier + others[0], earlier + others[0] + others[1]]
     notices = [(name, event.text) for name, event in events if isinstance(event, Notice)]
-    assert {name for name, text in notices if "its kind" in text} == {"prompt", "prompts"}
+    assert {name for name, text in notices if "passes of their own" in text} == {"prompt"}
     assert sum(isinstance(event, Ended) for _, event in events) == 9
 
 
@@ -182,6 +186,76 @@ def test_rows_of_single_tokens_are_learnt_by_their_own_job_alone(tmp_path):
     assert not torch.equal(rows[1]["one"].rows, rows[1]["two"].rows)
     stored = [newest(tmp_path / name).tensors for name in ("alone", "one", "two")]
     assert stored[0].keys() == stored[1].keys() == stored[2].keys()
+
+
+@pytest.mark.parametrize("tokens_join", [True, False])
+def test_what_a_configuration_does_not_say_keeps_passes_apart_whoever_joins(tokens_join):
+    """Rows of single tokens, here: beside plain adapters of the same configuration."""
+    alone, model = (tiny("llama") for _ in range(2))
+    config = veneer.LoRA(rank=1)
+    path, weight = "model.embed_tokens", model.get_input_embeddings().weight.detach()
+    state = capture(veneer.attach(tiny("llama"), config, seed=0))
+    state = replace(state, trained_tokens={path: StoredTokens((7, 9), weight[[7, 9]])})
+    install(alone, state, name="tokens", tokenizer=None)
+    list(veneer.train_many(alone, {"tokens": job(steps=6)}))
+
+    def attached(*names: str) -> dict[str, veneer.Job]:
+        for name in names:
+            if name == "tokens":
+                install(model, state, name=name, tokenizer=None)
+            else:
+                veneer.attach(model, config, name=name, seed=0)
+        return dict.fromkeys(names, job(steps=6))
+
+    joins = [("tokens",) if tokens_join else ("three",)]
+    first = ("one", "two") if tokens_join else ("tokens", "one", "two")
+    joining = lambda: attached(*joins.pop()) if joins else {}  # noqa: E731
+    events = list(veneer.train_many(model, attached(*first), joining=joining))
+    assert {name for name, event in events if isinstance(event, Notice)} == {"tokens"}
+    expected, own = (each.get_submodule(path).tokens["tokens"].rows for each in (alone, model))
+    assert torch.equal(own, expected)
+
+
+def test_forwards_are_of_the_modules_that_are_there_and_compute_again_what_a_job_asks(monkeypatch):
+    """Of experts that had no adapter for a while, and of jobs after all others have ended."""
+    forwards: list[Any] = []
+
+    def seen(forward: Any, model: Any, batches: Any, **options: Any) -> Any:
+        assert set(forward.experts) <= set(model.modules())
+        forwards.append(forward)
+        return own(forward, model, batches, **options)
+
+    own = many.backward_together
+    monkeypatch.setattr(many, "backward_together", seen)
+    model = tiny("mixtral")
+    config = veneer.LoRA(rank=1, targets=["experts.gate_up_proj", "experts.down_proj"])
+
+    def attached(*names: str, **course: Any) -> dict[str, veneer.Job]:
+        def through(events: Any, name: str) -> Any:
+            try:
+                yield from events
+            finally:
+                veneer.detach(model, name)
+
+        for name in names:
+            veneer.attach(model, config, name=name, seed=0)
+        veneer.use(model, None)  # all of them will have been detached
+        return {
+            name: replace(job(steps=2, **course), through=partial(through, name=name))
+            for name in names
+        }
+
+    def joining() -> dict[str, veneer.Job]:
+        if veneer.adapters(model) or not joins:
+            return {}
+        names, course = joins.pop()
+        return attached(*names, **course)
+
+    joins = [(("five", "six"), {"recompute": "full"}), (("three", "four"), {})]
+    list(veneer.train_many(model, attached("one", "two"), joining=joining))
+    assert [each.recompute for each in forwards] == ["none"] * 4 + ["full"] * 2
+    assert len({each.experts for each in forwards}) == 3
+    assert all(each.experts for each in forwards)
 
 
 @pytest.mark.slow

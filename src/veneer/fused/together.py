@@ -107,7 +107,8 @@ def kind_of(model: PreTrainedModel, name: str) -> Hashable:
     config = active_adapters_of(model).configs[name]
     values = asdict(config).values()
     kind = (bool(each) if isinstance(each, int | float) else str(each) for each in values)
-    return type(config), *kind
+    # What an adapter holds that its configuration does not say is a reason to have own passes.
+    return type(config), *kind, why_alone_of(model, name), new_tokens_of(model) is None
 
 
 def _two_of_each_kind(model: PreTrainedModel, names: Sequence[str]) -> list[str]:

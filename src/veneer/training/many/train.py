@@ -11,6 +11,8 @@ from functools import partial
 
 from transformers import PreTrainedModel
 
+from veneer.adapter.beside import why_alone_of
+from veneer.adapter.parameters import experts_of
 from veneer.adapter.use import acting, in_use
 from veneer.errors import ConfigError, VeneerError, joined
 from veneer.fused.forward import Forward, choose_forward
@@ -116,12 +118,8 @@ def _check(jobs: Iterable[Job]) -> None:
 
 def _kind(job: RunningJob) -> Hashable:
     """Return what decides which functions compute a job's passes."""
-    of_job = job.job
-    return (
-        kind_of(job.model, job.name),
-        bool(of_job.examples[0].second),
-        of_job.objective.is_ranking,
-    )
+    own = job.job
+    return kind_of(job.model, job.name), bool(own.examples[0].second), own.config.recompute
 
 
 def _until_a_step(job: RunningJob) -> Iterator[tuple[str, Event]]:
@@ -145,45 +143,42 @@ def _failed(job: RunningJob, error: Exception) -> tuple[str, Event]:
 
 @dataclass(frozen=True, eq=False)
 class _Passes:
-    """How passes are computed, as long as no adapter is attached; `alone`: by the names of jobs
-    whose batches share none, why; `proven`: the kinds of jobs that the proof of it covers, with the
-    same: one more of them needs no other."""
+    """How passes are computed, until a job begins that the proof of it does not cover; `alone`: by
+    the names of jobs whose batches share none, why; `tried`: how many jobs of each kind the proof
+    has tried beside each other."""
 
     model: PreTrainedModel
     forward: Forward
     remarks: Sequence[str]
     alone: Mapping[str, str]
-    proven: Mapping[Hashable, str | None]
+    tried: Counter[Hashable]
 
     @classmethod
     def of(
         cls, running: Sequence[RunningJob], begun: RunningJob, before: _Passes | None
     ) -> _Passes:
         """Return how passes are computed for these jobs; `begun` is one that is new."""
-        kinds = {each.name: _kind(each) for each in running}
-        if before is not None and before.proven.keys() >= set(kinds.values()):
-            whys = {name: before.proven[kind] for name, kind in kinds.items()}
-            return replace(before, alone={name: why for name, why in whys.items() if why})
-        model, of_jobs = begun.model, [each.job.examples for each in (begun, *running)]
+        model, kinds = begun.model, Counter(map(_kind, running))
+        why_own = {each.name: why_alone_of(model, each.name) for each in running}
+        own = {name: why for name, why in why_own.items() if why}
+        if before is not None and all(min(n, 2) <= before.tried[kind] for kind, n in kinds.items()):
+            # Attaching the first adapter of stacks of experts has put other modules there.
+            experts = tuple(module for _, module, why in experts_of(model) if why is None)
+            return replace(before, forward=replace(before.forward, experts=experts), alone=own)
+        of_jobs = [each.job.examples for each in (begun, *running)]
         rows = next((rows for rows in of_jobs if rows[0].second), of_jobs[0])  # pairs share prompts
         with begun.turn():
             forward, remarks = choose_forward(
                 model, rows, recompute=begun.run.config.recompute, directory=begun.job.directory
             )
-        if before is not None:  # whose memory is there already
-            forward = replace(forward, arena=before.forward.arena)
+        if before is not None and before.forward.recompute == forward.recompute:
+            forward = replace(forward, arena=before.forward.arena)  # whose memory is there already
         if rows[0].second:  # of which other jobs have others, or none
             of_these = notices_of(rows, forward.unshared)
             remarks = [each for each in remarks if each not in of_these]
-        alone = why_alone(forward, model, [*kinds], rows)
-        count = Counter(kinds.values())
-        # Of a kind with one job none shares a pass with another of its kind yet.
-        proven = {
-            kind: alone.get(name)
-            for name, kind in kinds.items()
-            if count[kind] > 1 or name in alone
-        }
-        return cls(model, forward, remarks, alone, proven)
+        alone = why_alone(forward, model, [each.name for each in running], rows)
+        # Of jobs that cannot share, others than the next one's may have been the cause.
+        return cls(model, forward, remarks, alone, kinds if alone == own else Counter())
 
     def notices(self, each: RunningJob) -> list[Notice]:
         """Return what is to be known of the passes of a job."""
