@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
-from sqlite3 import connect
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -19,7 +17,6 @@ import veneer
 from support.many_runs import one_by_one
 from support.random_adapters import tokenizer
 from support.tiny_models import tiny
-from veneer.errors import StorageError
 from veneer.formats.merged import write_model
 from veneer.objectives.policy_config import OnPolicy
 from veneer.run_directory import RunDirectory
@@ -38,6 +35,7 @@ from veneer.training.events import (
 from veneer.training.many import train as many
 from veneer.training.many import tune as many_runs
 from veneer.training.many.planned import DoesNotFit
+from veneer.training.search import run as search_run
 from veneer.training.search import study
 from veneer.training.search.directory import clear
 from veneer.training.search.result import (
@@ -45,12 +43,9 @@ from veneer.training.search.result import (
     SearchBegun,
     TrialBegun,
     TrialEnded,
-    TrialResult,
     markdown,
 )
 from veneer.training.search.run import _Trials
-from veneer.training.search.space import Range
-from veneer.training.search.study import SearchStudy, study_errors
 
 ROWS = [
     {"prompt": "veneer is thin"[: 3 + i], "completion": "walnut lacquer"[: 4 + i]} for i in range(8)
@@ -341,7 +336,9 @@ def test_what_is_left_out_of_the_rows_is_reported_beside_the_study(home):
     assert (own.out / "duplicates.txt").exists()
 
 
-def test_a_share_is_one_of_each_trials_own_steps(home):
+def test_a_share_is_one_of_each_trials_own_steps(home, monkeypatch):
+    studies = Mock(side_effect=search_run.SearchStudy)
+    monkeypatch.setattr(search_run, "SearchStudy", studies)
     own = recipe(home, "share")
     course = replace(own.training, steps=None, epochs=4.0)
     config = veneer.SearchConfig(trials=2, share=0.5, pruner="none")
@@ -349,29 +346,12 @@ def test_a_share_is_one_of_each_trials_own_steps(home):
     trials = [*veneer.search(replace(own, training=course), over, config)][-1][1].result.trials
     steps = {trial.values["tokens_per_step"]: trial.steps for trial in trials}
     assert steps[30] > 2 * steps[90]
+    assert studies.call_args.kwargs["steps"] == steps[90]  # so none is judged too early
 
 
 def test_losses_on_other_rows_are_not_compared(home):
     with pytest.raises(veneer.ConfigError, match="A seed decides which rows are held out"):
         list(veneer.search(recipe(home, "seeds"), {"seed": [1, 2]}, CONFIG))
-
-
-def test_a_full_disk_is_an_error_of_the_disk(tmp_path, monkeypatch):
-    def small(path: Path, **options: Any) -> Any:
-        connection = connect(path, **options)
-        connection.execute(f"PRAGMA max_page_count = {pages}")
-        return connection
-
-    monkeypatch.setattr(study, "connect", small)
-    pages = 9
-    with pytest.raises(StorageError, match=r"a/study\.db cannot be written: the disk is full"):
-        SearchStudy(tmp_path / "a" / "study.db", {}, CONFIG, seed=0, steps=72)
-    pages, path = 99, tmp_path / "study.db"
-    kept = SearchStudy(path, {}, CONFIG, seed=0, steps=72)
-    with pytest.raises(StorageError, match="full"), study_errors(path):
-        kept.settle({"data": "x" * 10**6})
-    with pytest.raises(ZeroDivisionError), study_errors(path):
-        1 / 0  # noqa: B018
 
 
 def test_how_a_trial_trains_is_news_once_and_what_it_is_made_ready_with_is_none():
@@ -400,69 +380,6 @@ def test_no_trial_begins_after_the_minutes_however_many_have_ended_since(monkeyp
         trials._note_seconds()
     assert trials._next(3) == {}
     assert trials.study.seconds == 61
-
-
-def test_who_came_first_to_a_point_makes_way_once_others_are_better(tmp_path):
-    space = {"lr": Range(1e-3, 1e-1, log=True, whole=False)}
-    file = tmp_path / "as an address? %41 {it} is#another" / "study.db"
-    study = SearchStudy(file, space, CONFIG, seed=0, steps=72)
-    assert file.exists()
-    first, second, third = (study.ask().number for _ in range(3))
-    assert not study.report(first, 11, 3.0)
-    assert study.overtaken() == set()
-    assert not study.report(second, 11, 2.0)
-    assert study.overtaken() == {first}
-    assert not study.report(second, 33, 1.9)
-    assert not study.report(third, 11, 1.5)
-    assert study.overtaken() == {first}  # the second is past the point
-    assert not study.report(third, 33, 1.4)
-    assert study.overtaken() == {first, second}
-    assert not study.report(second, 67, 1.8)
-    assert study.overtaken() == {first}
-
-
-@pytest.mark.parametrize(
-    ("steps", "points"),
-    [(72, [11, 33]), (67, [11, 33]), (66, [33]), (24, [33]), (23, [67]), (12, [67]), (11, [])],
-)
-def test_no_trial_is_judged_by_its_first_steps(tmp_path, steps, points):
-    halving = SearchStudy(tmp_path / "halving.db", {}, CONFIG, seed=0, steps=steps)
-    assert halving.points == points
-    median = SearchStudy(
-        tmp_path / "median.db", {}, veneer.SearchConfig(pruner="median"), seed=0, steps=steps
-    )
-    for _ in range(5):
-        number = median.ask().number
-        for ninth in range(1, 9):
-            bad, step = number == 4, math.ceil(ninth * steps / 9)
-            makes_way = median.report(number, round(100 * step / steps), float(bad))
-            assert makes_way == (bad and 8 <= step < steps)
-        median.end(TrialResult(number, {}, "complete", {100: 0.0}))
-
-
-def test_the_best_never_makes_way_however_far_it_got_when_it_was_overtaken(tmp_path):
-    trials = object.__new__(_Trials)
-    space = {"lr": Range(1e-3, 1e-1, log=True, whole=False)}
-    trials.study = SearchStudy(tmp_path / "study.db", space, CONFIG, seed=0, steps=72)
-    trials.unsaid, trials.leaving = [], set()
-    trials.training = {trial.name: trial for trial in (trials.study.ask(), trials.study.ask())}
-    first, second = trials.training
-    trials.steps = {first: 9, second: 9}
-
-    def leaving_after(name: str, step: int, loss: float) -> set[str]:
-        list(trials.take(name, Evaluated(step, loss, math.exp(loss), True)))
-        return trials.leaving
-
-    assert leaving_after(first, 1, 2.0) == set()
-    assert leaving_after(second, 1, 1.9) == {first}
-    assert leaving_after(first, 3, 1.2) == set()  # it came that far with its last pass
-    assert leaving_after(second, 3, 1.4) == {second}
-
-
-def test_a_file_that_is_no_study_is_refused_with_what_to_do(tmp_path):
-    (tmp_path / "study.db").write_text("no database, whatever its name says" * 9)
-    with pytest.raises(veneer.VeneerError, match=r"study\.db cannot be opened .* --force"):
-        SearchStudy(tmp_path / "study.db", {}, CONFIG, seed=0, steps=72)
 
 
 @pytest.mark.slow  # the parts are held in test_search_space.py, and by the search above

@@ -161,13 +161,20 @@ class _Trials:
         # A rate that the recipe leaves open is chosen by each trial for itself.
         course = replace(prepared.recipe.training, lr=recipe.training.lr)
         self.steps_of = cache(self._steps_of)
-        steps = course.steps or self.steps_of(course.tokens_per_step, course.seed)
+        steps = fewest = course.steps or self.steps_of(course.tokens_per_step, course.seed)
+        if course.steps is None and "tokens_per_step" in space:
+            tokens = max(int(str(value)) for value in space["tokens_per_step"].bounds)
+            fewest = self.steps_of(tokens, course.seed)
         if config.share < 1:
-            steps = math.ceil(config.share * steps)
-            course = replace(course, epochs=None, steps=steps)
+            course = replace(course, epochs=None, steps=math.ceil(config.share * steps))
         self.recipe = replace(prepared.recipe, training=course)
-        seed = recipe.training.seed % 2**32
-        self.study = SearchStudy(recipe.out / STUDY, space, config, seed=seed, steps=steps)
+        self.study = SearchStudy(
+            recipe.out / STUDY,
+            space,
+            config,
+            seed=recipe.training.seed % 2**32,
+            steps=math.ceil(config.share * fewest),
+        )
         # Evaluations cost as much as many steps where few rows are learnt from: no more of them
         # than the pruner asks for.
         self.evaluate_at = [Fraction(1, 9)] if NINTH in self.study.points else []

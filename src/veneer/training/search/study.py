@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from sqlite3 import connect
 from typing import TYPE_CHECKING, Any
@@ -54,7 +53,8 @@ def study_errors(path: Path) -> Iterator[None]:
 class SearchStudy:
     """A study in a file: trials are asked of it, and told how they go.
 
-    steps: of a trial. points: the per cents of them at which halving judges trials.
+    steps: the fewest that a trial can have. points: the per cents of them at which halving judges
+    trials, each with that until which it judges them again as others come to the point.
 
     Raises VeneerError where Optuna, which comes with the extra `search`, is not installed.
     """
@@ -70,9 +70,9 @@ class SearchStudy:
         path.parent.mkdir(parents=True, exist_ok=True)
         samplers = optuna.samplers
         self._optuna, self._space = optuna, space
-        ways = ([NINTH, THIRD], [THIRD], [TWO_THIRDS])
-        judged = next((points for points in ways if points[0] >= 100 * LEAST // steps), [])
-        self.points = judged if config.pruner == "halving" else []
+        ways = ({NINTH: THIRD, THIRD: 2 * THIRD}, {THIRD: 2 * THIRD}, {TWO_THIRDS: 100})
+        judged = next((points for points in ways if min(points) >= 100 * LEAST // steps), {})
+        self.points: Mapping[int, int] = judged if config.pruner == "halving" else {}
         try:
             self.study: Study = optuna.create_study(
                 storage=optuna.storages.RDBStorage(
@@ -154,7 +154,7 @@ class SearchStudy:
 
     def report(self, number: int, done: int, loss: float) -> bool:
         """Note the loss of a trial that has done so many per cent of its steps, and return whether
-        it is to make way for another whatever the others that train do."""
+        it makes way for another by itself or the median; for halving see `overtaken`."""
         if not math.isfinite(loss):
             return done < 100
         trial = self._live[number]
@@ -164,21 +164,26 @@ class SearchStudy:
     def overtaken(self) -> set[int]:
         """Return the trials that train which by now are not among the best at the point that they
         came past last. Whoever comes to one first goes past it, however bad, and is judged again
-        by each that comes later."""
+        as others come to it."""
         trials = self.study.get_trials(deepcopy=False)
         overtaken: set[int] = set()
-        for point, until in pairwise((*self.points, *(2 * last for last in self.points[-1:]))):
-            losses: dict[int, float] = {}  # at the point, or as soon after as measured
-            for trial in trials:
-                measured = trial.intermediate_values
-                if (done := min((d for d in measured if d >= point), default=None)) is not None:
-                    losses[trial.number] = measured[done]
-            stay = sorted(losses.values())[: max(1, len(losses) // KEEP_ONE_OF)]
-            overtaken |= {
-                number
-                for number in self._live.keys() & losses.keys()
-                if max(trials[number].intermediate_values) < until and losses[number] > stay[-1]
+        for point, until in self.points.items():
+            after = {
+                trial.number: [
+                    each for each in trial.intermediate_values.items() if each[0] >= point
+                ]
+                for trial in trials
             }
+            # When each was measured at the point, or next after it, and what came out.
+            measured = {number: min(each) for number, each in after.items() if each}
+            losses = sorted(loss for _, loss in measured.values())
+            # Rounded up, since who makes way is not called back as others do worse.
+            stay = losses[: math.ceil(len(losses) / KEEP_ONE_OF)]
+            for number in self._live.keys() & measured.keys():
+                done, loss = measured[number]
+                now = max(trials[number].intermediate_values)
+                if loss > stay[-1] and (now < until or now == done < 100):
+                    overtaken.add(number)
         return overtaken
 
     def note_steps(self, trial: TrialResult) -> None:
