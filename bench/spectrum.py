@@ -4,7 +4,7 @@ Trains all weights of a base on the demo's rows, and takes the singular values o
 layer's change ΔW, beside those of the weight W itself and of a random matrix of its shape. Writes
 the shares of the squared norm that each rank keeps, from which the site draws a figure.
 
-python -m bench.spectrum --model minigpt --out docs/explanation/spectrum.json
+python -m bench.spectrum --model minigpt --model smollm2-135m --out docs/explanation/spectrum.json
 """
 
 from __future__ import annotations
