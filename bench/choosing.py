@@ -93,7 +93,7 @@ def table(result: SearchResult, rates: Sequence[float], ranks: Sequence[int]) ->
 
 
 def given(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> Iterator[str]:
-    """Yield the flags that differ from what they are by themselves, but for places of a machine."""
+    """Yield the flags that differ from their defaults, but for places of a machine."""
     for name, value in vars(asked).items():
         if value != parser.get_default(name) and not isinstance(value, Path):
             yield f"--{name.replace('_', '-')}"

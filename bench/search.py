@@ -29,8 +29,7 @@ from veneer.training.events import Evaluated, Started, Written
 from veneer.training.search.space import with_values
 
 RATES, RANKS, TARGETS = (1e-4, 1e-2), (4, 8, 16, 64), ("attention", "all")
-# So few that the best comes to its end within the time of eight whole ones, on the smallest bases
-# too, where beginning a trial costs as much as its first steps.
+# So few that the best come to their ends within the time of eight whole ones.
 TRIALS, TOGETHER = 14, 4
 OVER = {"lr": f"{RATES[0]}..{RATES[1]}", "rank": RANKS, "targets": TARGETS}
 

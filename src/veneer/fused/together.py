@@ -107,7 +107,7 @@ def kind_of(model: PreTrainedModel, name: str) -> Hashable:
     config = active_adapters_of(model).configs[name]
     values = asdict(config).values()
     kind = (bool(each) if isinstance(each, int | float) else str(each) for each in values)
-    # What an adapter holds that its configuration does not say is a reason to have own passes.
+    # What an adapter holds that its configuration does not say is why it has passes of its own.
     return type(config), *kind, why_alone_of(model, name), new_tokens_of(model) is None
 
 

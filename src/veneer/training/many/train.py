@@ -144,8 +144,8 @@ def _failed(job: RunningJob, error: Exception) -> tuple[str, Event]:
 @dataclass(frozen=True, eq=False)
 class _Passes:
     """How passes are computed, until a job begins that the proof of it does not cover; `alone`: by
-    the names of jobs whose batches share none, why; `tried`: how many jobs of each kind the proof
-    has tried beside each other."""
+    the names of jobs whose batches share none, why; `tried`: how many jobs of each kind were there
+    for the proof, which tries two of each, or none where they cannot share."""
 
     model: PreTrainedModel
     forward: Forward
@@ -162,9 +162,12 @@ class _Passes:
         why_own = {each.name: why_alone_of(model, each.name) for each in running}
         own = {name: why for name, why in why_own.items() if why}
         if before is not None and all(min(n, 2) <= before.tried[kind] for kind, n in kinds.items()):
-            # Attaching the first adapter of stacks of experts has put other modules there.
+            forward = before.forward
+            # Attaching the first adapter of stacks of experts puts other modules there.
             experts = tuple(module for _, module, why in experts_of(model) if why is None)
-            return replace(before, forward=replace(before.forward, experts=experts), alone=own)
+            if experts != forward.experts:
+                forward = replace(forward, experts=experts)
+            return replace(before, forward=forward, alone=own)
         of_jobs = [each.job.examples for each in (begun, *running)]
         rows = next((rows for rows in of_jobs if rows[0].second), of_jobs[0])  # pairs share prompts
         with begun.turn():
@@ -177,7 +180,7 @@ class _Passes:
             of_these = notices_of(rows, forward.unshared)
             remarks = [each for each in remarks if each not in of_these]
         alone = why_alone(forward, model, [each.name for each in running], rows)
-        # Of jobs that cannot share, others than the next one's may have been the cause.
+        # Where jobs cannot share, the cause may be one that is gone when the next begins.
         return cls(model, forward, remarks, alone, kinds if alone == own else Counter())
 
     def notices(self, each: RunningJob) -> list[Notice]:

@@ -29,9 +29,9 @@ class SearchConfig:
     random; or grid, all combinations of values in their order."""
     pruner: Pruner = "halving"
     """Which trials end early, none of them before its eighth step: those that are not of the best
-    third so far at a ninth and at a third of their steps (halving; of fewer than 67 steps at a
-    third alone, of fewer than 24 at two thirds alone, of fewer than 12 never); those worse than the
-    median of the others at any ninth of them (median); or none."""
+    third so far, rounded up, at a ninth and at a third of their steps (halving; where the shortest
+    trial has fewer than 67 steps at a third alone, than 24 at two thirds alone, than 12 never);
+    those worse than the median of the others at any ninth of them (median); or none."""
 
     def __post_init__(self) -> None:
         check_config(

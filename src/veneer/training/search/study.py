@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 NAME = "veneer"  # of the study in its file
 # Successive halving by three: trials are judged at a ninth and at a third of their steps, in per
-# cents, but not before LEAST steps, for the first few say little of the rest.
+# cents; where that is before LEAST steps, which say little of the rest, at two thirds.
 NINTH, THIRD, TWO_THIRDS = 11, 33, 67
 LEAST, KEEP_ONE_OF = 8, 3
 AT_RANDOM = 10  # trials, at most, of which the sampler learns before it chooses
@@ -70,7 +70,7 @@ class SearchStudy:
         path.parent.mkdir(parents=True, exist_ok=True)
         samplers = optuna.samplers
         self._optuna, self._space = optuna, space
-        ways = ({NINTH: THIRD, THIRD: 2 * THIRD}, {THIRD: 2 * THIRD}, {TWO_THIRDS: 100})
+        ways = ({NINTH: THIRD, THIRD: TWO_THIRDS}, {THIRD: TWO_THIRDS}, {TWO_THIRDS: 100})
         judged = next((points for points in ways if min(points) >= 100 * LEAST // steps), {})
         self.points: Mapping[int, int] = judged if config.pruner == "halving" else {}
         try:
@@ -154,7 +154,7 @@ class SearchStudy:
 
     def report(self, number: int, done: int, loss: float) -> bool:
         """Note the loss of a trial that has done so many per cent of its steps, and return whether
-        it makes way for another by itself or the median; for halving see `overtaken`."""
+        it ends since its loss is not finite, or above the median; for halving see `overtaken`."""
         if not math.isfinite(loss):
             return done < 100
         trial = self._live[number]
@@ -163,8 +163,8 @@ class SearchStudy:
 
     def overtaken(self) -> set[int]:
         """Return the trials that train which by now are not among the best at the point that they
-        came past last. Whoever comes to one first goes past it, however bad, and is judged again
-        as others come to it."""
+        came past last, or past all of those since their last measurement. Whoever comes to one
+        first goes past it, however bad, and is judged again as others come to it."""
         trials = self.study.get_trials(deepcopy=False)
         overtaken: set[int] = set()
         for point, until in self.points.items():
