@@ -1,4 +1,4 @@
-# make test      the tests, about five minutes on two cores
+# make test      the tests, five to fifteen minutes on two cores
 # make check     format, lint, types, import contracts, and the coverage that was measured last
 # make coverage  the tests once more slowly, to measure which lines they run
 # make test-all  the tests and the slow proofs
